@@ -1,0 +1,90 @@
+"""A batch of crops with the masks and region measures that all rewards share."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from biorewards.regions import Regions, measure_regions
+
+if TYPE_CHECKING:
+    from biorewards.assay import Assay
+    from biorewards.segmentation.segmenter import Masks
+
+#: A crop whose largest channel span (max - min, in [0, 1] units) is below this has no contrast: 2/255 is two
+#: grey levels of an 8-bit file.
+BLANK_SPAN = 2 / 255
+
+
+class Batch:
+    """Crops of one size, their targets, and what is computed from them once.
+
+    images: (B, C, H, W) float32 in [0, 1], any device. Non-finite pixels and crops without contrast are
+        accepted: they are marked in `blank` and no object is looked for in them.
+    target: (B,) int64, index into `assay.classes`; -1 = no label, -2 = a label that the assay does not know.
+    """
+
+    def __init__(self, images: Tensor, target: Tensor | None, assay: Assay) -> None:
+        if images.ndim != 4 or images.shape[1] != assay.n_channels:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; assay {assay.name!r} wants (B, {assay.n_channels}, H, W)"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; pass float32 in [0, 1] (uint8 / 255)")
+        self.raw = images
+        self.assay = assay
+        self.target = torch.full((len(images),), -1, device=images.device) if target is None else target.to(images.device)
+        if self.target.shape != (len(images),):
+            raise ValueError(f"target has shape {tuple(self.target.shape)}; {len(images)} images want ({len(images)},)")
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """(B,) bool: all pixels are finite."""
+        return torch.isfinite(self.raw).flatten(1).all(1)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """(B, C, H, W) float32 in [0, 1]; crops with non-finite pixels are all zero."""
+        clean = torch.where(self.finite[:, None, None, None], self.raw, torch.zeros((), device=self.raw.device, dtype=self.raw.dtype))
+        return clean.float().clamp(0, 1)
+
+    @cached_property
+    def blank(self) -> Tensor:
+        """(B,) bool: non-finite pixels, or no channel with a span of at least `BLANK_SPAN`."""
+        flat = self.images.flatten(2)
+        return ~self.finite | ((flat.amax(2) - flat.amin(2)).amax(1) < BLANK_SPAN)
+
+    @cached_property
+    def masks(self) -> Masks:
+        """Instance labels of nuclei and cells, (B, H, W) int32 each, from the assay's segmenter."""
+        masks = self.assay.segment(self.images)
+        keep = ~self.blank[:, None, None]
+        return type(masks)(masks.nuclei * keep, masks.cells * keep)
+
+    @cached_property
+    def class_probabilities(self) -> Tensor | None:
+        """(B, n) calibrated probabilities over the classifier's own classes; None when the assay has no classifier."""
+        classifier = self.assay.classifier
+        return None if classifier is None else classifier(self.assay.normalised(self.images))
+
+    @property
+    def nuclei(self) -> Tensor:
+        return self.masks.nuclei
+
+    @property
+    def cells(self) -> Tensor:
+        return self.masks.cells
+
+    @cached_property
+    def nucleus_regions(self) -> Regions:
+        return measure_regions(self.nuclei)
+
+    @cached_property
+    def cell_regions(self) -> Regions:
+        return measure_regions(self.cells)

@@ -1,0 +1,121 @@
+"""The bundled segmenter: the compact networks behind the `Segmenter` protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from biorewards.segmentation.flows import masks_from_flows
+from biorewards.segmentation.network import CompactNet, fold_batch_norm
+from biorewards.segmentation.segmenter import Masks
+from biorewards.segmentation.tiling import tiled
+
+#: Diameter of a nucleus at the scale the networks work at, px.
+WORKING_DIAMETER = 20.0
+#: Sides are padded to a multiple of this: three poolings.
+STRIDE = 8
+#: Larger working images are cut into tiles of this side with this overlap, px.
+TILE, OVERLAP = 512, 64
+#: Unit steps a pixel may walk at the working scale: the largest cells are about 120 px across there.
+STEPS = 256
+#: Smallest objects kept, as shares of the area of a nucleus of the expected diameter.
+MIN_NUCLEUS, MIN_CELL = 0.06, 0.25
+BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "compact.safetensors"
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, half-pixel centres, antialiased when shrinking; (B, C, H, W)."""
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+class CompactSegmenter:
+    """The bundled networks behind the `Segmenter` protocol.
+
+    Works at a nucleus diameter of 20 px: the image is resized, flows are followed there, and outlines are taken
+    from the logit at the image's own resolution. Euler steps and minimum sizes are settings of the weights, not
+    options. `fingerprint` is the hash of the weight file.
+    """
+
+    name = "compact"
+
+    def __init__(self, net: CompactNet, fingerprint: str) -> None:
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def bundled(cls) -> CompactSegmenter:
+        """The weights that ship with the package."""
+        return cls.load(BUNDLED)
+
+    @classmethod
+    def load(cls, path: Path) -> CompactSegmenter:
+        """Read a safetensors file written by `save`. Raises ValueError when names or shapes do not fit."""
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            if "widths" not in notes:
+                raise ValueError(f"{path} holds no compact network; `scripts/segmenter/train.py` writes one")
+            widths, evidence = (tuple(int(w) for w in notes[key].split(",")) for key in ("widths", "evidence_widths"))
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        net = CompactNet(widths, evidence)
+        net.load_state_dict(state, strict=True)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return cls(fold_batch_norm(net.eval()), f"compact-{digest}")  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> CompactSegmenter:
+        self.net.to(device)
+        return self
+
+    def __call__(self, nucleus: Tensor | None, cytoplasm: Tensor | None, diameter: float) -> Masks:
+        """Masks at the images' own resolution; see `Segmenter`. Raises ValueError when both channels are None."""
+        given = nucleus if nucleus is not None else cytoplasm
+        if given is None:
+            raise ValueError("give a nucleus channel, a cytoplasm channel or both")
+        size = (given.shape[-2], given.shape[-1])
+        nothing = torch.zeros((len(given), *size), dtype=torch.int32, device=given.device)
+        scale = WORKING_DIAMETER / diameter
+        small = (max(STRIDE, round(size[0] * scale)), max(STRIDE, round(size[1] * scale)))
+        disc = math.pi / 4 * diameter**2
+        least = round(MIN_NUCLEUS * disc), round(MIN_CELL * disc)
+        if cytoplasm is None:
+            flow, logit = self._run(small, nucleus[:, None])  # type: ignore[index]
+            return Masks(self._label(flow, logit[:, 0], size, least[0]), nothing)
+        if cytoplasm.shape[1] == 1:  # trained with a lone cytoplasm channel in the first place, zero in the second
+            cytoplasm = torch.cat([cytoplasm, torch.zeros_like(cytoplasm)], 1)
+        dna = torch.zeros_like(cytoplasm[:, :1]) if nucleus is None else nucleus[:, None]
+        n_flow, n_logit, c_flow, c_logit = self._run(small, dna, cytoplasm)
+        nuclei = nothing if nucleus is None else self._label(n_flow, n_logit[:, 0], size, least[0])
+        return Masks(nuclei, self._label(c_flow, c_logit[:, 0], size, least[1]))
+
+    def _run(self, small: tuple[int, int], *channels: Tensor) -> list[Tensor]:
+        """Resize, pad to the stride with the edge's own values, run, crop."""
+        with torch.inference_mode():
+            x = resize(torch.cat(channels, 1), small)
+            pad_y, pad_x = -small[0] % STRIDE, -small[1] % STRIDE
+            top, left = pad_y // 2, pad_x // 2
+            x = F.pad(x, (left, pad_x - left, top, pad_y - top), mode="replicate").contiguous(memory_format=torch.channels_last)
+            raw = self._network(x)
+            window = raw[..., top : top + small[0], left : left + small[1]]
+            return list(torch.split(window, [2, 1] if window.shape[1] == 3 else [2, 1, 2, 1], 1))
+
+    def _network(self, x: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W) DNA [, actin, tubulin] -> (B, 3 or 6, H, W) flows and logits; tiled when large."""
+        if max(x.shape[-2:]) > TILE:
+            return tiled(self._forward, x, TILE, OVERLAP)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            flow, logit = self.net.nuclei(x)
+            return torch.cat([flow, logit[:, None]], 1)
+        out = self.net(x[:, :1], x[:, 1:])
+        return torch.cat([out.nucleus_flow, out.nucleus_logit[:, None], out.cell_flow, out.cell_logit[:, None]], 1)
+
+    def _label(self, flow: Tensor, logit: Tensor, size: tuple[int, int], min_size: int) -> Tensor:
+        outline = F.interpolate(logit[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        return masks_from_flows(flow, logit, steps=STEPS, method="doubling", outline_logit=outline, min_size=min_size)

@@ -1,0 +1,240 @@
+"""Instance masks from a network's flows, for a whole batch at once.
+
+Every foreground pixel walks along the flows to where its object's pixels meet; pixels that meet make one
+object (Stringer et al. 2021). With `method="bilinear"` and Cellpose's parameters the masks are those of
+Cellpose 3 on CPU. `method="doubling"` is the fast route: a few exact steps, rounded to a map from pixel to
+pixel, which composed with itself doubles the steps each time.
+
+Walks, seeds, labels and sizes are handled for all images together, with no loop over images or objects; ties
+are broken by position. The masks of one image do not depend on the others of its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biorewards.segmentation.flow_targets import flow_errors
+from biorewards.segmentation.holes import fill_holes as fill
+
+#: Bilinear steps before doubling. Rounding stops what moves less than half a pixel in so many steps, ...
+FIRST_STEPS = 8
+#: ... so the few pixels where walks end (about seven a 96-pixel crop) walk on, unrounded, for so many steps. On the
+#: reference crops that lifts F1 at IoU 0.5 from 0.846 to 0.86-0.875 (all steps unrounded: 0.870).
+LAST_STEPS = 100
+#: Bilinear steps of an outline pixel on the coarser flow grid: enough to leave the contact zone of two objects,
+#: where rounding to a flow pixel could put it on the wrong side.
+OUTLINE_STEPS = 3
+#: Points that no longer move are taken off the list after every so many steps.
+STEPS_PER_ROUND = 25
+#: Half side of the window in which a seed may grow, bins, one for each round of growth.
+REACH = 5
+
+
+def masks_from_flows(
+    flows: Tensor,
+    logit: Tensor,
+    *,
+    steps: int = 200,
+    method: Literal["bilinear", "doubling"] = "bilinear",
+    threshold: float = 0.0,
+    flow_threshold: float = 0.0,
+    min_size: int = 15,
+    max_size_fraction: float | None = None,
+    fill_holes: bool = True,
+    seed_pixels: int = 10,
+    bin_pixels: int = 2,
+    outline_logit: Tensor | None = None,
+) -> Tensor:
+    """Instance labels from flows and foreground logits.
+
+    flows: (B, 2, h, w) float, 5 x unit flow towards the object's centre, order Y, X (a network's output).
+    logit: (B, h, w) float, foreground where above `threshold`.
+    steps: unit steps that a pixel walks; Cellpose: 200, or 200 x diameter / diameter the network was trained at.
+    flow_threshold: objects whose mean squared distance between flows and the flows of their mask is above it
+        are dropped (Cellpose: 0.4); 0 = no check.
+    min_size: px; smaller objects are dropped, before and after holes are filled. 0 = keep all.
+    max_size_fraction: objects larger than this share of the image are dropped (Cellpose: 0.4); None = keep all.
+    seed_pixels, bin_pixels: more than so many walks must end in a bin for it to be a seed, and to belong to a
+        seed's surroundings. Cellpose has 10 and 2.
+    outline_logit: (B, H, W) float, H >= h, W >= w: walks run on the flow grid, but objects are made of the
+        pixels of this finer grid, each of which joins the object that it walks to.
+
+    Returns (B, h, w), or (B, H, W) with `outline_logit`, int32: 0 = background, the objects of each image
+    numbered from 1 in raster order of their first pixel. Raises ValueError for shapes that do not fit or an
+    unknown method.
+    """
+    n_images, axes, height, width = flows.shape
+    if axes != 2 or logit.shape != (n_images, height, width):
+        raise ValueError(f"flows {tuple(flows.shape)}, logit {tuple(logit.shape)}: expected (B, 2, h, w), (B, h, w)")
+    if method not in ("bilinear", "doubling"):
+        raise ValueError(f"method {method!r}; choose 'bilinear' or 'doubling'")
+    foreground = logit > threshold
+    outline, walkable = foreground, foreground
+    if outline_logit is not None:
+        if outline_logit.ndim != 3 or len(outline_logit) != n_images:
+            raise ValueError(f"outline_logit {tuple(outline_logit.shape)}: expected ({n_images}, H, W)")
+        outline = outline_logit > threshold
+        # Outline pixels may start up to one flow pixel outside the flow grid's own foreground.
+        walkable = F.max_pool2d(foreground.float(), 3, 1, 1) > 0
+    field = flows.float() / 5 * walkable[:, None]
+    sink = _sinks(field, walkable, steps, doubling=method == "doubling")
+    basin, n_seeds = _basins(sink[foreground.view(-1)], (n_images, height, width), seed_pixels, bin_pixels)
+    own = basin[sink]
+    if outline_logit is not None:
+        own = own[_approach(field, (outline.shape[1], outline.shape[2]))]
+    own = own * outline.reshape(-1)
+    sizes = torch.bincount(own, minlength=n_seeds + 1)
+    keep = sizes >= min_size
+    if max_size_fraction is not None:
+        keep &= sizes <= max_size_fraction * outline[0].numel()
+    labels = (torch.arange(n_seeds + 1, device=own.device) * keep)[own]
+    labels = labels.view(outline.shape)
+    if flow_threshold > 0 and n_seeds:
+        native = flows if outline_logit is None else F.interpolate(flows.float(), outline.shape[1:], mode="bilinear")
+        error = flow_errors(labels, native)
+        labels = labels * (error <= flow_threshold)[labels]  # error is NaN, so never kept, for absent ids
+    if fill_holes:
+        labels = fill(labels)
+        labels = labels * (torch.bincount(labels.view(-1)) >= min_size)[labels]
+    return renumber(labels)
+
+
+def follow(field: Tensor, image: Tensor, y: Tensor, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Walk points along a field with bilinear interpolation.
+
+    field: (B, 2, h, w) float32, step per pixel, order Y, X. image: (P,) int64, ascending. y, x: (P,) float32,
+    px, pixel centres at integers. Each step is p <- clip(p + field(p), 0, side - 1). Returns the final y, x.
+    """
+    y, x = y.clone(), x.clone()
+    moving = torch.arange(len(image), device=image.device)
+    while steps > 0 and len(moving):
+        own = image[moving]
+        many = torch.bincount(own, minlength=len(field))
+        place = torch.arange(len(own), device=own.device) - (many.cumsum(0) - many)[own]
+        point = field.new_zeros(len(field), 2, int(many.max()))
+        point[own, 0, place], point[own, 1, place] = y[moving], x[moving]
+        before = _walk(field, point, min(steps, STEPS_PER_ROUND) - 1)
+        point = _walk(field, before, 1)
+        steps -= STEPS_PER_ROUND
+        y[moving], x[moving] = point[own, 0, place], point[own, 1, place]
+        moving = moving[(point != before).any(1)[own, place]]
+    return y, x
+
+
+def _walk(field: Tensor, point: Tensor, steps: int) -> Tensor:
+    """`follow` for equally many points an image: point (B, 2, P), order Y, X, px."""
+    field, point = field.flip(1), point.flip(1)[:, :, None]  # grid_sample wants X before Y
+    limit = torch.tensor([side - 1.0 for side in field.shape[:1:-1]], device=field.device).view(1, 2, 1, 1)
+    scale = 2 / limit.clamp(min=1)
+    for _ in range(steps):
+        # The fastest bilinear look-up that torch has on CPU: 4 ns a point, gathers of the corners take 40.
+        grid = (point * scale).sub_(1).permute(0, 2, 3, 1)
+        step = F.grid_sample(field, grid, "bilinear", "border", align_corners=True)
+        point = torch.minimum(step.add_(point).clamp_(min=0), limit)
+    return point[:, :, 0].flip(1)
+
+
+def _grid(shape: tuple[int, int], like: Tensor, *, cells: tuple[int, int] | None = None) -> Tensor:
+    """Centres of the pixels of a grid, (2, H * W) float32, in px of the grid `cells` that covers the same area."""
+    sides = [
+        ((torch.arange(side, device=like.device) + 0.5) * (into / side) - 0.5).clamp(0, into - 1)
+        for side, into in zip(shape, cells or shape, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
+
+
+def renumber(labels: Tensor) -> Tensor:
+    """Number the objects of each image from 1 in raster order of their first pixel: (B, H, W) int32.
+
+    labels: (B, H, W) int64, ids unique over the batch, 0 = background.
+    """
+    flat = labels.reshape(-1)
+    pixel = flat.nonzero().squeeze(1)
+    if not len(pixel):
+        return torch.zeros_like(labels, dtype=torch.int32)
+    own = flat[pixel]
+    absent = flat.numel()
+    first = torch.full((int(own.max()) + 1,), absent, device=flat.device)
+    first = first.scatter_reduce(0, own, pixel, "amin")
+    order = torch.argsort(first)[: int((first < absent).sum())]
+    image = first[order] // labels[0].numel()
+    many = torch.bincount(image, minlength=len(labels))
+    number = torch.zeros(len(first), dtype=torch.int32, device=flat.device)
+    place = torch.arange(len(order), device=flat.device) - (many.cumsum(0) - many)[image]
+    number[order] = (place + 1).int()
+    return number[labels]
+
+
+def _sinks(field: Tensor, walkable: Tensor, steps: int, *, doubling: bool) -> Tensor:
+    """Where each pixel's walk ends: (B * h * w,) int64 flat pixel index; a pixel that may not walk stays."""
+    height, width = field.shape[2:]
+    walkable = walkable.reshape(-1)
+    sink = torch.arange(len(walkable), device=field.device)
+    starts = walkable
+    if doubling:
+        start = _grid((height, width), field).expand(len(field), -1, -1)
+        end = _flat(_walk(field, start, min(steps, FIRST_STEPS)).round(), height, width)
+        sink = torch.where(walkable, end, sink)
+        for _ in range(math.ceil(math.log2(max(steps / FIRST_STEPS, 1)))):
+            sink = sink[sink]
+        starts = torch.zeros_like(walkable)
+        starts[sink[walkable]] = True
+        steps = min(steps, LAST_STEPS)
+    pixel = starts.nonzero().squeeze(1)
+    image = pixel // (height * width)
+    y, x = follow(field, image, (pixel // width % height).float(), (pixel % width).float(), steps)
+    last = torch.arange(len(walkable), device=field.device)
+    last[pixel] = (image * height + y.long()) * width + x.long()
+    return last[sink]
+
+
+def _flat(point: Tensor, height: int, width: int) -> Tensor:
+    """Flat pixel index, (B * P,) int64, of points (B, 2, P) on a grid."""
+    image = torch.arange(len(point), device=point.device)[:, None] * (height * width)
+    y, x = point.long().unbind(1)
+    return (image + y * width + x).view(-1)
+
+
+def _approach(field: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Pixel of the flow grid that each pixel of a finer grid comes to in `OUTLINE_STEPS`: (B * H * W,) flat index."""
+    height, width = field.shape[2:]
+    start = _grid(shape, field, cells=(height, width)).expand(len(field), -1, -1)
+    return _flat(_walk(field, start, OUTLINE_STEPS).round(), height, width)
+
+
+def _basins(ends: Tensor, shape: tuple[int, int, int], seed_pixels: int, bin_pixels: int) -> tuple[Tensor, int]:
+    """Which seed's surroundings each bin belongs to: (B * h * w,) int64, 0 = none; and the number of seeds.
+
+    ends: flat bin index of every walk's end. A seed is a bin with more than `seed_pixels` ends and no fuller bin
+    within 2 px. It grows for 5 rounds over touching bins (3x3) with more than `bin_pixels` ends. Where two
+    surroundings overlap the fuller seed has it, on equality the later one in raster order.
+    """
+    n_images, height, width = shape
+    ends = torch.bincount(ends, minlength=n_images * height * width)
+    count = F.pad(ends.view(shape), (REACH, REACH, REACH, REACH)).reshape(-1)
+    stride = width + 2 * REACH
+
+    def window(reach: int) -> Tensor:
+        side = torch.arange(-reach, reach + 1, device=count.device)
+        return (side[:, None] * stride + side).view(1, -1)
+
+    seed = (count > seed_pixels).nonzero()
+    seed = seed[count[seed].squeeze(1) == count[seed + window(2)].amax(1)]
+    seed = seed[torch.argsort(count[seed].squeeze(1), stable=True)]
+    around = seed + window(REACH)
+    side = 2 * REACH + 1
+    open_ = (count[around] > bin_pixels).float().view(-1, 1, side, side)
+    grown = torch.zeros_like(open_)
+    grown[:, :, REACH, REACH] = 1
+    for _ in range(REACH):
+        grown = F.max_pool2d(grown, 3, 1, 1) * open_
+    rank = torch.arange(1, len(seed) + 1, device=count.device)[:, None]
+    rank = torch.where(grown.view(-1, side * side) > 0, rank, 0)
+    basin = torch.zeros_like(count).scatter_reduce(0, around.view(-1), rank.view(-1), "amax")
+    basin = basin.view(n_images, height + 2 * REACH, stride)[:, REACH:-REACH, REACH:-REACH]
+    return basin.reshape(-1), len(seed)
