@@ -92,7 +92,9 @@ def naive_loop(images: Tensor, assay: Assay, mkldnn: bool) -> Callable[[], None]
         model = models.CellposeModel.__new__(models.CellposeModel)
         model.__dict__.update(
             diam_mean=diameter, diam_labels=diameter, mkldnn=mkldnn, gpu=False, device=torch.device("cpu"), nclasses=3,
-            pretrained_model="seeded", pretrained_model_ortho=None, net_ortho=None, backbone="default", net=Costly(net, stored), timing=[],
+            pretrained_model="seeded",
+            pretrained_model_ortho=None, net_ortho=None, backbone="default", timing=[],
+            net=Costly(net, stored),
         )  # fmt: skip
         judges.append((model, diameter))
     arrays = (images * 65535).round().to(torch.int32).numpy().astype(np.uint16)
@@ -147,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads, "python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": platform.machine(), "threads": args.threads, "torch": torch.__version__},
         "crops": args.crops, "repeats": args.repeats, "stages": {}, "ratio_to_naive": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -160,23 +162,43 @@ def main() -> None:
         few = images[: args.naive_crops]
         runs["naive loop, mkldnn on (Cellpose's default)"] = naive_loop(few, assay, True)
         runs["naive loop, mkldnn off"] = naive_loop(few, assay, False)
-        command = [sys.executable, "-m", "cli.main", "score", str(data), "--assay", "phantom", "--out", str(Path(folder) / "s.parquet")]
+        command = [
+            sys.executable,
+            "-m",
+            "cli.main",
+            "score",
+            str(data),
+            "--assay",
+            "phantom",
+            "--out",
+            str(Path(folder) / "s.parquet"),
+        ]
         runs["biorewards score, whole process"] = lambda: subprocess.run(command, check=True, capture_output=True)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(args.repeats):
             for name, run in runs.items():
                 seconds[name].append(timed(run))
                 n = len(few) if name.startswith("naive") else args.crops
-                print(f"{repeat + 1}/{args.repeats} {name}: {n / seconds[name][-1]:.1f} images/s", file=sys.stderr, flush=True)
+                print(
+                    f"{repeat + 1}/{args.repeats} {name}: {n / seconds[name][-1]:.1f} images/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for name, times in seconds.items():
         n = len(few) if name.startswith("naive") else args.crops
         result["stages"][name] = summary(times, n)
-        print(f"{name:44s} {result['stages'][name]['images_per_s']:9.1f} images/s  [{result['stages'][name]['min']:.1f}, {result['stages'][name]['max']:.1f}]")
+        print("{:44s} {images_per_s:9.1f} images/s  [{min:.1f}, {max:.1f}]".format(name, **result["stages"][name]))
     ours = seconds["all seven rewards, images in memory"]
     for name in ("naive loop, mkldnn on (Cellpose's default)", "naive loop, mkldnn off"):
         ratios = sorted((b / len(few)) / (a / args.crops) for a, b in zip(ours, seconds[name], strict=True))
-        result["ratio_to_naive"][name] = {"median": round(statistics.median(ratios), 1), "min": round(ratios[0], 1), "max": round(ratios[-1], 1)}
-        print(f"all seven rewards against {name}: {statistics.median(ratios):.1f} x [{ratios[0]:.1f}, {ratios[-1]:.1f}]")
+        result["ratio_to_naive"][name] = {
+            "median": round(statistics.median(ratios), 1),
+            "min": round(ratios[0], 1),
+            "max": round(ratios[-1], 1),
+        }
+        print(
+            f"all seven rewards against {name}: {statistics.median(ratios):.1f} x [{ratios[0]:.1f}, {ratios[-1]:.1f}]"
+        )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

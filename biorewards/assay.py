@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +89,7 @@ class Assay:
     def to(self, device: torch.device | str) -> Assay:
         """Move the networks to a device, in place."""
         for part in (self.segmenter, self.classifier):
-            if part is not None and hasattr(part, "to"):
+            if part is not None:
                 part.to(device)
         return self
 
@@ -110,7 +109,9 @@ class Assay:
     def segment(self, images: Tensor) -> Masks:
         """Masks of (B, C, H, W) float32 images in [0, 1]."""
         if self.segmenter is None:
-            raise ValueError(f"assay {self.name!r} has no segmenter; load it with Assay.load or give one with with_segmenter")
+            raise ValueError(
+                f"assay {self.name!r} has no segmenter; load it with Assay.load or give one with with_segmenter"
+            )
         scaled = self.normalised(images)
         cytoplasm = [self.channels[role] for role in ("actin", "tubulin") if role in self.channels]
         nucleus = scaled[:, self.channels["dna"]] if "dna" in self.channels else None
@@ -130,7 +131,11 @@ class Assay:
                     reason = Reason.CARRIED_REFERENCE
                 if row is None or (row.origin == "images" and row.n < MIN_IMAGES):
                     row, reason = None, Reason.NO_REFERENCE
-                    if (measure, TREATED) in table.index and table.loc[(measure, TREATED)].n >= MIN_IMAGES and name != self.classes[0]:
+                    if (
+                        (measure, TREATED) in table.index
+                        and table.loc[(measure, TREATED)].n >= MIN_IMAGES
+                        and name != self.classes[0]
+                    ):
                         row, reason = table.loc[(measure, TREATED)], Reason.POOLED_REFERENCE
                 if row is None:
                     rows.append((float("nan"), float("nan"), reason))
@@ -148,16 +153,12 @@ class Assay:
         """
         nan = torch.full((len(self.classes),), torch.nan)
         none = torch.full((len(self.classes),), int(Reason.NO_REFERENCE), dtype=torch.uint8)
-        mean, sd, reason = (t.to(target.device)[target.clamp_min(0)] for t in self._references.get(measure, (nan, nan, none)))
+        mean, sd, reason = (
+            t.to(target.device)[target.clamp_min(0)] for t in self._references.get(measure, (nan, nan, none))
+        )
         reason[target == -1] = Reason.NO_TARGET
         reason[target < -1] = Reason.UNKNOWN_TARGET
         return mean, sd, reason
-
-    def target_of(self, labels: Sequence[str | None]) -> Tensor:
-        """Class index of each label, a class or compound name; -1 for None or empty, -2 for a name not known."""
-        lookup = {c.casefold(): self.classes.index(k) for c, k in self.compounds.items()}
-        lookup |= {c.casefold(): i for i, c in enumerate(self.classes)}
-        return torch.tensor([-1 if not x else lookup.get(str(x).casefold(), -2) for x in labels], dtype=torch.int64)
 
     def save(self, folder: Path) -> None:
         """Write the folder; each file appears whole or not at all."""
@@ -166,7 +167,11 @@ class Assay:
         if self.classifier is not None:
             self.classifier.save(folder / "classifier.safetensors")
         skip = {"statistics", "classifier", "segmenter", "fingerprint"}
-        fields = {k: v for k, v in asdict(replace(self, statistics=pd.DataFrame(), classifier=None, segmenter=None)).items() if k not in skip}
+        fields = {
+            k: v
+            for k, v in asdict(replace(self, statistics=pd.DataFrame(), classifier=None, segmenter=None)).items()
+            if k not in skip
+        }
         write_text(folder / "assay.json", json.dumps({"format": FORMAT} | fields, indent=1, sort_keys=True) + "\n")
 
     @classmethod
@@ -177,11 +182,15 @@ class Assay:
         """
         folder = ASSETS / "assays" / str(source) if str(source) in BUNDLED else Path(source)
         if not (folder / "assay.json").is_file():
-            raise ValueError(f"no assay at {source}: bundled ones are {', '.join(BUNDLED)}; a folder must hold assay.json")
+            raise ValueError(
+                f"no assay at {source}: bundled ones are {', '.join(BUNDLED)}; a folder must hold assay.json"
+            )
         text = (folder / "assay.json").read_text(encoding="utf-8")
         data = json.loads(text)
         if data.pop("format") != FORMAT:
-            raise ValueError(f"{folder / 'assay.json'} is of another format than {FORMAT}; update biorewards or fit it again")
+            raise ValueError(
+                f"{folder / 'assay.json'} is of another format than {FORMAT}; update biorewards or fit it again"
+            )
         data["intensity"] = {role: tuple(pair) for role, pair in data["intensity"].items()}
         weights = folder / "classifier.safetensors"
         classifier = Classifier.load(weights) if weights.is_file() else None
@@ -189,7 +198,9 @@ class Assay:
         segmenter = load_segmenter(str(own) if own.is_file() else data["segmenter_name"])
         statistics = pd.read_parquet(folder / "statistics.parquet")
         parts = [text, statistics.to_csv(), segmenter.fingerprint, "" if classifier is None else classifier.fingerprint]
-        return cls(**data, statistics=statistics, classifier=classifier, segmenter=segmenter, fingerprint=_digest(parts))
+        return cls(
+            **data, statistics=statistics, classifier=classifier, segmenter=segmenter, fingerprint=_digest(parts)
+        )
 
 
 def _digest(parts: list[str]) -> str:

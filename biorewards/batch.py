@@ -36,7 +36,9 @@ class Batch:
             raise ValueError(f"images are {images.dtype}; pass float32 in [0, 1] (uint8 / 255)")
         self.raw = images
         self.assay = assay
-        self.target = torch.full((len(images),), -1, device=images.device) if target is None else target.to(images.device)
+        self.target = (
+            torch.full((len(images),), -1, device=images.device) if target is None else target.to(images.device)
+        )
         if self.target.shape != (len(images),):
             raise ValueError(f"target has shape {tuple(self.target.shape)}; {len(images)} images want ({len(images)},)")
 
@@ -51,7 +53,9 @@ class Batch:
     @cached_property
     def images(self) -> Tensor:
         """(B, C, H, W) float32 in [0, 1]; crops with non-finite pixels are all zero."""
-        clean = torch.where(self.finite[:, None, None, None], self.raw, torch.zeros((), device=self.raw.device, dtype=self.raw.dtype))
+        clean = torch.where(
+            self.finite[:, None, None, None], self.raw, torch.zeros((), device=self.raw.device, dtype=self.raw.dtype)
+        )
         return clean.float().clamp(0, 1)
 
     @cached_property

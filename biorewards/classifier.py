@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import timm
 import torch
 from safetensors import safe_open
@@ -29,7 +30,9 @@ class Classifier:
     of the weights.
     """
 
-    def __init__(self, net: nn.Module, classes: list[str], temperature: float, settings: dict[str, Any], fingerprint: str = "") -> None:
+    def __init__(
+        self, net: nn.Module, classes: list[str], temperature: float, settings: dict[str, Any], fingerprint: str = ""
+    ) -> None:
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.classes = classes
         self.temperature = temperature
@@ -101,7 +104,11 @@ def train(
     rng = np.random.default_rng(recipe.seed)
     name, options = BACKBONE
     net = build(name, options, images.shape[1], len(classes)).to(memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        net,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99),  # type: ignore[no-untyped-call]
+        use_buffers=True,
+    )
     steps = max(1, recipe.images_seen // recipe.batch)
     optimiser = torch.optim.AdamW(net.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=steps, pct_start=0.15)
@@ -149,7 +156,12 @@ def predict(classifier: Classifier, images: Tensor, batch: int = 128) -> Tensor:
 def calibrate(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
     """Set the temperature that minimises the class-balanced negative log-likelihood on held-out crops."""
     with torch.inference_mode():
-        logits = torch.cat([classifier.net(p.float().contiguous(memory_format=torch.channels_last)).float() for p in _parts(images, 128)])
+        logits = torch.cat(
+            [
+                classifier.net(p.float().contiguous(memory_format=torch.channels_last)).float()
+                for p in _parts(images, 128)
+            ]
+        )
     logits = logits.clone()
     count = torch.bincount(labels, minlength=len(classifier.classes)).clamp_min(1)
     weight = (1.0 / count)[labels]
@@ -162,11 +174,11 @@ def calibrate(classifier: Classifier, images: Tensor, labels: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimiser.step(closure)
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
     classifier.temperature = round(float(log_t.exp()), 4)
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int = 15) -> float:
     """ECE of the top class over equal-width confidence bins (Guo et al. 2017, equation 3). (N, n), (N,) -> [0, 1]."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -14,6 +16,7 @@ from torch import Tensor
 from biorewards.assay import TREATED, Assay
 from biorewards.batch import Batch
 from biorewards.classifier import Classifier, Recipe, calibrate, expected_calibration_error, predict, train
+from biorewards.regions import nuclear_containment
 from biorewards.rewards import MEASURES, suite
 from biorewards.segmentation import load_segmenter
 from biorewards.segmentation.diameter import estimate_diameter
@@ -57,43 +60,42 @@ def fit_assay(
     low, high = (t.median(0).values for t in percentile_range(sample, 1.0, 99.8))
     intensity = {role: (round(float(low[i]), 5), round(float(high[i]), 5)) for role, i in channels.items()}
     draft = Assay(
-        name=name, channels=channels, pixel_size=pixel_size, crop_size=images.shape[-1], intensity=intensity, classes=classes,
+        name=name, channels=channels, pixel_size=pixel_size, crop_size=images.shape[-1],
+        intensity=intensity, classes=classes,
         compounds=dict(zip(rows["compound"], rows["class"], strict=True)), nucleus_diameter=1.0,
         statistics=pd.DataFrame(), segmenter_name=segmenter, segmenter=load_segmenter(segmenter),
     )  # fmt: skip
     scaled = draft.normalised(sample)
     diameter = round(estimate_diameter(draft.segmenter, scaled[:, channels["dna"]], None), 2)  # type: ignore[arg-type]
-    draft = _replace(draft, nucleus_diameter=diameter)
+    draft = replace(draft, nucleus_diameter=diameter)
     measures = measure_images(draft, images, tell)
     table = reference_statistics(measures[training.numpy()], rows["class"][training.numpy()].to_numpy(), classes)
     card: dict[str, Any] = {
-        "images_per_class": {s: rows[rows.split == s]["class"].value_counts().reindex(classes, fill_value=0).to_dict() for s in ("train", "val", "test")},
+        "images_per_class": {
+            s: rows[rows.split == s]["class"].value_counts().reindex(classes, fill_value=0).to_dict()
+            for s in ("train", "val", "test")
+        },
         "plates": {s: sorted(map(str, rows[rows.split == s].plate.unique())) for s in ("train", "val", "test")},
         "seed": seed,
     }
     classifier = None
     if recipe is not None:
-        normalised = torch.cat([draft.normalised(p.float()).half() for p in images.split(1024)])
+        normalised = torch.cat(
+            [draft.normalised(images[i : i + 1024].float()).half() for i in range(0, len(images), 1024)]
+        )
         classifier, card["classifier"] = fit_classifier(normalised, labels, measures, rows, classes, recipe, seed, tell)
-    assay = _replace(draft, statistics=table, classifier=classifier, card=card)
+    assay = replace(draft, statistics=table, classifier=classifier, card=card)
     card["real_scores"] = real_scores(assay, images, labels, rows.split.to_numpy(), tell)
     return assay
 
 
-def _replace(assay: Assay, **changes: Any) -> Assay:
-    from dataclasses import replace
-
-    return replace(assay, **changes)
-
-
 def batches(n: int) -> Iterator[slice]:
+    """Slices of `BATCH` rows that cover n rows."""
     yield from (slice(i, min(i + BATCH, n)) for i in range(0, n, BATCH))
 
 
 def measure_images(assay: Assay, images: Tensor, tell: Progress) -> pd.DataFrame:
     """The five measures and the containment of every image, in the assay's units; NaN where there is no object."""
-    from biorewards.regions import nuclear_containment
-
     found = []
     for part in batches(len(images)):
         batch = Batch(images[part].float(), None, assay)
@@ -104,7 +106,7 @@ def measure_images(assay: Assay, images: Tensor, tell: Progress) -> pd.DataFrame
     return pd.concat(found, ignore_index=True)
 
 
-def reference_statistics(measures: pd.DataFrame, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
+def reference_statistics(measures: pd.DataFrame, labels: npt.NDArray[Any], classes: list[str]) -> pd.DataFrame:
     """One row a (class, measure): mean, sd (n - 1), n, quantiles, over images where it could be measured."""
     rows = []
     for name in [*classes, TREATED]:
@@ -113,13 +115,27 @@ def reference_statistics(measures: pd.DataFrame, labels: np.ndarray, classes: li
             values = measures.loc[chosen, measure].dropna()
             if len(values) < 2:
                 continue
-            row = {"class": name, "measure": measure, "mean": values.mean(), "sd": values.std(), "n": len(values), "origin": "images"}
+            row = {
+                "class": name,
+                "measure": measure,
+                "mean": values.mean(),
+                "sd": values.std(),
+                "n": len(values),
+                "origin": "images",
+            }
             rows.append(row | {q: values.quantile(p) for q, p in QUANTILES.items()})
     return pd.DataFrame(rows)
 
 
 def fit_classifier(
-    images: Tensor, labels: Tensor, measures: pd.DataFrame, rows: pd.DataFrame, classes: list[str], recipe: Recipe, seed: int, tell: Progress
+    images: Tensor,
+    labels: Tensor,
+    measures: pd.DataFrame,
+    rows: pd.DataFrame,
+    classes: list[str],
+    recipe: Recipe,
+    seed: int,
+    tell: Progress,
 ) -> tuple[Classifier, dict[str, Any]]:
     """The shipped classifier, and what a second one, trained without some compounds, says about unseen ones.
 
@@ -132,17 +148,32 @@ def fit_classifier(
     unseen = rows["compound"].isin(held).to_numpy()
     figures: dict[str, Any] = {"held_out_compounds": held}
     keep = train_rows & ~unseen & ~aside
-    probe = train(images[keep], labels[keep], classes, recipe, lambda s, n, _: tell("training the classifier for held-out compounds", s, n))
-    splits = {"random": train_rows & ~unseen & aside, "plate": test_rows & ~unseen, "compound": train_rows & unseen, "compound_and_plate": test_rows & unseen}
+    probe = train(
+        images[keep],
+        labels[keep],
+        classes,
+        recipe,
+        lambda s, n, _: tell("training the classifier for held-out compounds", s, n),
+    )
+    splits = {
+        "random": train_rows & ~unseen & aside,
+        "plate": test_rows & ~unseen,
+        "compound": train_rows & unseen,
+        "compound_and_plate": test_rows & unseen,
+    }
     for split, chosen in splits.items():
         if chosen.any():
             figures[split] = accuracy(predict(probe, images[chosen]).numpy(), labels[chosen].numpy())
-    final = train(images[train_rows], labels[train_rows], classes, recipe, lambda s, n, _: tell("training the classifier", s, n))
+    final = train(
+        images[train_rows], labels[train_rows], classes, recipe, lambda s, n, _: tell("training the classifier", s, n)
+    )
     val = (rows.split == "val").to_numpy()
     calibrate(final, images[val], labels[val])
     probabilities = predict(final, images[test_rows]).numpy()
     truth = labels[test_rows].numpy()
-    figures["shipped_on_held_out_plates"] = accuracy(probabilities, truth) | {"ece": expected_calibration_error(probabilities, truth)}
+    figures["shipped_on_held_out_plates"] = accuracy(probabilities, truth) | {
+        "ece": expected_calibration_error(probabilities, truth)
+    }
     figures["temperature"] = final.temperature
     plain = HistGradientBoostingClassifier(class_weight="balanced", random_state=seed, max_iter=150)
     features = measures.drop(columns="nucleus_in_cytoplasm").to_numpy()
@@ -161,11 +192,11 @@ def held_out_compounds(rows: pd.DataFrame, control: str, seed: int) -> list[str]
     return [str(rng.choice(sorted(names))) for _, names in groups.items() if len(names) > 1]
 
 
-def accuracy(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+def accuracy(probabilities: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, Any]:
     """Share correct, mean of the classes' shares (with 95 % bootstrap interval over images) and n."""
     correct = probabilities.argmax(1) == truth
 
-    def balanced(index: np.ndarray) -> float:
+    def balanced(index: npt.NDArray[Any]) -> float:
         return float(np.mean([correct[index][truth[index] == k].mean() for k in np.unique(truth[index])]))
 
     rng = np.random.default_rng(0)
@@ -179,17 +210,25 @@ def accuracy(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     }
 
 
-def control_probability(probabilities: np.ndarray, truth: np.ndarray, trained: np.ndarray, classes: list[str]) -> dict[str, float]:
-    """Mean probability that control crops get for a treated class, and the base rate 1 / classes of balanced training."""
+def control_probability(
+    probabilities: npt.NDArray[Any], truth: npt.NDArray[Any], trained: npt.NDArray[Any], classes: list[str]
+) -> dict[str, float]:
+    """Mean probability that control crops get for a treated class; base rate 1 / classes of balanced training."""
     controls = probabilities[truth == 0]
-    return {"mean": float(controls[:, 1:].mean()), "largest_class": float(controls[:, 1:].mean(0).max()), "base_rate": 1.0 / len(classes)}
+    return {
+        "mean": float(controls[:, 1:].mean()),
+        "largest_class": float(controls[:, 1:].mean(0).max()),
+        "base_rate": 1.0 / len(classes),
+    }
 
 
-def real_scores(assay: Assay, images: Tensor, labels: Tensor, split: np.ndarray, tell: Progress) -> dict[str, Any]:
+def real_scores(
+    assay: Assay, images: Tensor, labels: Tensor, split: npt.NDArray[Any], tell: Progress
+) -> dict[str, Any]:
     """What real held-out images score on each reward: the row every table of generated images is read against."""
     index = np.flatnonzero(split == "test") if (split == "test").any() else np.arange(len(images))
     judge = suite(assay)
-    values: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[npt.NDArray[Any]]] = {}
     for part in batches(len(index)):
         chosen = torch.from_numpy(index[part])
         result = judge(Batch(images[chosen].float(), labels[chosen], assay))
@@ -203,17 +242,3 @@ def real_scores(assay: Assay, images: Tensor, labels: Tensor, split: np.ndarray,
         if len(value):
             summary[name] = {"mean": float(value.mean()), "sd": float(value.std()), "n": len(value)}
     return summary
-
-
-def split_by_plate(rows: pd.DataFrame, seed: int) -> pd.Series:
-    """train, val or test for each row, by whole plates: about 15 % of the plates each for val and test.
-
-    With fewer than three plates the rows themselves are drawn; the card then says that plates are not held out.
-    """
-    rng = np.random.default_rng(seed)
-    plates = sorted(rows.plate.astype(str).unique())
-    unit = rows.plate.astype(str) if len(plates) >= 3 else pd.Series(np.arange(len(rows)), index=rows.index)
-    names = rng.permutation(sorted(unit.unique()))
-    each = max(1, round(0.15 * len(names)))
-    role = dict.fromkeys(names, "train") | dict.fromkeys(names[:each], "test") | dict.fromkeys(names[each : 2 * each], "val")
-    return unit.map(role)

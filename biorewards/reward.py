@@ -77,18 +77,20 @@ class Suite:
 
     total = sum_k weight_k * value_k (CellFluxRL, section on the reward). It is NaN when any weighted part is
     missing: a sum over fewer parts is another quantity, never silently comparable. `total_label_free` sums
-    the parts that need no target.
+    the parts that need no target; NaN when there is none.
 
     Raises ValueError when a name occurs twice or a weight names no reward.
     """
 
-    def __init__(self, rewards: list[Reward], weights: Mapping[str, float] | None = None, fingerprint: str = "") -> None:
+    def __init__(
+        self, rewards: list[Reward], weights: Mapping[str, float] | None = None, fingerprint: str = ""
+    ) -> None:
         self.rewards: dict[str, Reward] = {}
         for reward in rewards:
             if reward.name in self.rewards:
                 raise ValueError(f"two rewards are called {reward.name!r}; give one of them another name")
             self.rewards[reward.name] = reward
-        self.weights = {name: 1.0 for name in self.rewards} | dict(weights or {})
+        self.weights = dict.fromkeys(self.rewards, 1.0) | dict(weights or {})
         if unknown := sorted(set(self.weights) - set(self.rewards)):
             raise ValueError(f"weights for unknown rewards {unknown}; this suite has {sorted(self.rewards)}")
         self._parent = fingerprint
@@ -110,9 +112,10 @@ class Suite:
         """Score a batch; every tensor of the result stays on the device of `batch.images`."""
         scores = {name: reward(batch) for name, reward in self.rewards.items()}
         total = torch.zeros(len(batch), device=batch.images.device)
-        label_free = torch.zeros_like(total)
+        free = [name for name, reward in self.rewards.items() if getattr(reward, "label_free", False)]
+        label_free = torch.full_like(total, 0.0 if free else torch.nan)
         for name, score in scores.items():
             total = total + self.weights[name] * score.value
-            if getattr(self.rewards[name], "label_free", False):
+            if name in free:
                 label_free = label_free + self.weights[name] * score.value
         return SuiteScore(scores, total, label_free)

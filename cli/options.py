@@ -8,7 +8,7 @@ ROLES = ("actin", "tubulin", "dna")
 
 
 def parse_channels(text: str | None) -> dict[str, int] | None:
-    """"actin=0,tubulin=1,dna=2" -> {"actin": 0, ...}; None stays None. Raises click.BadParameter with the repair."""
+    """ "actin=0,tubulin=1,dna=2" -> {"actin": 0, ...}; None stays None. Raises click.BadParameter with the repair."""
     if text is None:
         return None
     channels: dict[str, int] = {}
@@ -16,7 +16,9 @@ def parse_channels(text: str | None) -> dict[str, int] | None:
         role, _, index = part.partition("=")
         role = role.strip().lower()
         if role not in ROLES or not index.strip().isdigit():
-            raise click.BadParameter(f"{part!r}: write role=index with a role of {', '.join(ROLES)}, e.g. actin=0,tubulin=1,dna=2")
+            raise click.BadParameter(
+                f"{part!r}: write role=index with a role of {', '.join(ROLES)}, e.g. actin=0,tubulin=1,dna=2"
+            )
         if role in channels or int(index) in channels.values():
             raise click.BadParameter(f"{part!r}: each role and each channel once")
         channels[role] = int(index)
@@ -24,7 +26,7 @@ def parse_channels(text: str | None) -> dict[str, int] | None:
 
 
 def parse_range(text: str | None) -> tuple[float, float] | None:
-    """"0,4095" -> (0.0, 4095.0); None stays None. Raises click.BadParameter with the repair."""
+    """ "0,4095" -> (0.0, 4095.0); None stays None. Raises click.BadParameter with the repair."""
     if text is None:
         return None
     try:

@@ -8,26 +8,43 @@ import click
 
 
 def channel_list(text: str | None) -> list[int]:
-    """"0,1" -> [0, 1]; None -> []. Raises click.BadParameter for anything else or more than two."""
+    """ "0,1" -> [0, 1]; None -> []. Raises click.BadParameter for anything else or more than two."""
     if text is None:
         return []
     try:
         channels = [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no channel list; write one or two numbers from 0, such as 0 or 0,1") from None
+        raise click.BadParameter(
+            f"{text!r} is no channel list; write one or two numbers from 0, such as 0 or 0,1"
+        ) from None
     if len(channels) > 2 or min(channels) < 0:
         raise click.BadParameter(f"{text!r}: one or two channels, numbered from 0")
     return channels
 
 
-@click.command(epilog="Example: biorewards segment plate1/ --out masks/ --nucleus-channel 2 --cell-channel 0,1 --overlay")
+@click.command(
+    epilog="Example: biorewards segment plate1/ --out masks/ --nucleus-channel 2 --cell-channel 0,1 --overlay"
+)
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
 @click.option("--nucleus-channel", type=click.IntRange(min=0), help="Channel of the DNA stain, numbered from 0.")
 @click.option("--cell-channel", help="One or two channels that show the cell body, numbered from 0: 0 or 0,1.")
-@click.option("--segmenter", default="compact", show_default=True, help="compact, classical, a Cellpose 1-3 weight FILE (or two: nuclei,cells), cpsam_v2, cpsam, cpdino.")
-@click.option("--diameter", type=click.FloatRange(min=2), help="Diameter of a nucleus in px (of a cell without nucleus channel). Default: found in each image.")
-@click.option("--flow-threshold", type=click.FloatRange(min=0), help="Drop masks whose flow error is above this (Cellpose weights: 0.4; compact: off).")
+@click.option(
+    "--segmenter",
+    default="compact",
+    show_default=True,
+    help="compact, classical, a Cellpose 1-3 weight FILE (or two: nuclei,cells), cpsam_v2, cpsam, cpdino.",
+)
+@click.option(
+    "--diameter",
+    type=click.FloatRange(min=2),
+    help="Diameter of a nucleus in px (of a cell without nucleus channel). Default: found in each image.",
+)
+@click.option(
+    "--flow-threshold",
+    type=click.FloatRange(min=0),
+    help="Drop masks whose flow error is above this (Cellpose weights: 0.4; compact: off).",
+)
 @click.option("--overlay", "with_overlay", is_flag=True, help="Also write <stem>_overlay.png.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def command(
@@ -48,30 +65,35 @@ def command(
     from biorewards.segmentation.images import overlay, segment_image
 
     cytoplasm = channel_list(cell_channel)
-    engine = load_segmenter(segmenter) if flow_threshold is None else load_segmenter(segmenter, flow_threshold=flow_threshold)
-    if hasattr(engine, "to"):
-        engine.to(device)
+    engine = load_segmenter(segmenter, flow_threshold=flow_threshold).to(device)
     manifest = read_manifest(path)
-    names = output_names([files[0] for files in manifest.files], path if path.is_dir() else path.parent)
+    # A row whose path was refused has no file: its own text names it in the message.
+    shown = [Path(manifest.root / text) for text in manifest.table["Metadata_File"]]
+    files = [row[0] if row else text for row, text in zip(manifest.files, shown, strict=True)]
+    names = output_names(files, manifest.root)
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with click.progressbar(list(zip(manifest.files, names, strict=True)), label="segmenting", file=click.get_text_stream("stderr")) as todo:
-        for row, (files, name) in enumerate(todo):
+    bar = click.progressbar(range(len(files)), label="segmenting", file=click.get_text_stream("stderr"))
+    with bar as todo:
+        for row in todo:
             try:
                 if row in manifest.problems:
-                    raise ImageError(files[0], manifest.problems[row])
-                image = read_image(list(files) if len(files) > 1 else files[0])
+                    raise ImageError(files[row], manifest.problems[row])
+                image = read_image(manifest.files[row])
                 nucleus = nucleus_channel
                 if nucleus is None and not cytoplasm:
                     if len(image) != 1:
-                        raise ImageError(files[0], f"has {len(image)} channels; say which with --nucleus-channel and --cell-channel")
+                        many = f"has {len(image)} channels; say which with --nucleus-channel and --cell-channel"
+                        raise ImageError(files[row], many)
                     nucleus = 0
-                result = segment_image(image, engine, nucleus=nucleus, cytoplasm=cytoplasm, diameter=diameter, device=device)
-            except (ImageError, ValueError) as error:
+                result = segment_image(
+                    image, engine, nucleus=nucleus, cytoplasm=cytoplasm, diameter=diameter, device=device
+                )
+            except ValueError as error:
                 failed += 1
                 click.echo(f"\nskipped: {error}", err=True)
                 continue
-            target = out / name
+            target = out / names[row]
             target.parent.mkdir(parents=True, exist_ok=True)
             counted = []
             if nucleus is not None:
@@ -81,14 +103,15 @@ def command(
                 tifffile.imwrite(f"{target}_cells.tif", result.cells, compression="zlib")
                 counted.append(f"{result.cells.max()} cells")
             if with_overlay:
-                Image.fromarray(overlay(image, result.nuclei, result.cells, nucleus, cytoplasm)).save(f"{target}_overlay.png")
-            click.echo(f"{name}: {', '.join(counted)}, diameter {result.diameter:.1f} px")
-    click.echo(f"{len(names) - failed} of {len(names)} images segmented; label images are in {out}")
+                picture = overlay(image, result.nuclei, result.cells, nucleus, cytoplasm)
+                Image.fromarray(picture).save(f"{target}_overlay.png")
+            click.echo(f"{names[row]}: {', '.join(counted)}, diameter {result.diameter:.1f} px")
+    click.echo(f"{len(files) - failed} of {len(files)} images segmented; label images are in {out}")
     if failed:
         raise SystemExit(1)
 
 
 def output_names(files: list[Path], root: Path) -> list[str]:
-    """A name for each file's results: its path under `root` without suffix; the suffix stays where two would collide."""
+    """A name for each file's results: its path under `root`; the suffix stays only where two would collide."""
     stems = [str(f.relative_to(root.absolute()).with_suffix("")) for f in files]
     return [s if stems.count(s) == 1 else f"{s}{f.suffix}" for s, f in zip(stems, files, strict=True)]

@@ -109,7 +109,9 @@ def crops68(data: Path) -> tuple[Tensor, np.ndarray]:
     """Real 68 px crops (actin, tubulin, DNA), 12 bit brought to [0, 1], and their MoA."""
     table = pd.read_csv(data / "bbbc021_crops68" / "crops.csv")
     strips = {f: io.imread(data / "bbbc021_crops68" / f) for f in table.file.unique()}
-    stack = np.stack([strips[f].reshape(3, 68, -1, 68)[:, :, i] for f, i in zip(table.file, table["index"], strict=True)])
+    stack = np.stack(
+        [strips[f].reshape(3, 68, -1, 68)[:, :, i] for f, i in zip(table.file, table["index"], strict=True)]
+    )
     return torch.from_numpy(stack[:, ::-1].astype(np.float32).copy()) / 4095, table.moa.to_numpy()
 
 
@@ -130,8 +132,15 @@ def carried(dmso: pd.DataFrame, ratios: pd.DataFrame, wells: pd.Series, slopes: 
             base = dmso.loc[m]
             factor = ratios.loc[moa, m] ** slopes[m]
             spread = base.sd * (np.sqrt(factor) if m.endswith("_count") else factor)
-            row = {"class": moa, "measure": m, "mean": base["mean"] * factor, "sd": spread, "n": int(wells[moa]), "origin": "wells"}
-            rows.append(row | {q: np.nan for q in ("q05", "q25", "q50", "q75", "q95")})
+            row = {
+                "class": moa,
+                "measure": m,
+                "mean": base["mean"] * factor,
+                "sd": spread,
+                "n": int(wells[moa]),
+                "origin": "wells",
+            }
+            rows.append(row | dict.fromkeys(("q05", "q25", "q50", "q75", "q95"), np.nan))
     return pd.DataFrame(rows)
 
 
@@ -150,7 +159,8 @@ def main() -> None:
     real, moa = pairs96(args.data)
     draft = Assay(
         name="bbbc021", channels=CHANNELS, pixel_size=None, crop_size=None, intensity=intensity(real),
-        classes=["DMSO", *sorted(set(listed.moa) - {"DMSO"})], compounds=dict(zip(listed.compound, listed.moa, strict=True)),
+        classes=["DMSO", *sorted(set(listed.moa) - {"DMSO"})],
+        compounds=dict(zip(listed.compound, listed.moa, strict=True)),
         nucleus_diameter=1.0, statistics=pd.DataFrame(), segmenter=load_segmenter("compact"),
     )  # fmt: skip
     draft = replace(draft, nucleus_diameter=diameter_of(draft, real[moa == "DMSO"]))
@@ -171,11 +181,12 @@ def main() -> None:
     check68 = replace(check68, nucleus_diameter=diameter_of(check68, small[label == "DMSO"]))
     seen68 = measure_images(check68, small, silent)[list(MEASURES)].groupby(label).mean()
     seen96 = measured[list(MEASURES)].groupby(moa).mean()
+    drug = "Microtubule destabilizers"
     checks = pd.DataFrame({
         "Protein synthesis, carried over": [ratios.loc["Protein synthesis", m] ** slopes[m] for m in MEASURES],
         "seen in 68 px crops": (seen68.loc["Protein synthesis"] / seen68.loc["DMSO"])[list(MEASURES)].to_numpy(),
-        "Microtubule destabilizers, carried over": [ratios.loc["Microtubule destabilizers", m] ** slopes[m] for m in MEASURES],
-        "seen in 96 px crops": (seen96.loc["Microtubule destabilizers"] / seen96.loc["DMSO"])[list(MEASURES)].to_numpy(),
+        f"{drug}, carried over": [ratios.loc[drug, m] ** slopes[m] for m in MEASURES],
+        "seen in 96 px crops": (seen96.loc[drug] / seen96.loc["DMSO"])[list(MEASURES)].to_numpy(),
     }, index=list(MEASURES))  # fmt: skip
     print("ratio to DMSO, carried over and seen in real crops:")
     print(checks.round(3).to_string())
@@ -186,7 +197,7 @@ def main() -> None:
     values = measured.nucleus_in_cytoplasm[moa == "DMSO"].dropna()
     card = {
         "sources": {
-            "images": "BBBC021v1 (Caie et al. 2010), 96 px crops of DMSO and colchicine wells; channel contrast as prepared by earlier work",
+            "images": "BBBC021v1 (Caie et al. 2010), 96 px crops of DMSO and colchicine wells",
             "wells": "632 well profiles of BBBC021 (Ljosa et al. 2013), ratios to DMSO carried over to crops",
         },
         "images_per_class": {"all": pd.Series(moa).value_counts().to_dict()},
@@ -197,8 +208,10 @@ def main() -> None:
         "leave_one_out_error": {"median": errors.abs().median().to_dict(), "p90": errors.abs().quantile(0.9).to_dict()},
         "check_on_real_crops": checks.to_dict(),
         "classifier": None,
-        "real_scores": {"nucleus_in_cytoplasm": {"mean": float(values.mean()), "sd": float(values.std()), "n": len(values)}},
-        "not_covered": "no MoA classifier: real images of 2 of 12 mechanisms are not enough; fit your own with `biorewards fit`",
+        "real_scores": {
+            "nucleus_in_cytoplasm": {"mean": float(values.mean()), "sd": float(values.std()), "n": len(values)}
+        },
+        "not_covered": "no MoA classifier: real images of 2 of 12 mechanisms are not enough; fit your own",
     }
     assay = replace(draft, statistics=statistics.reset_index(drop=True), card=card)
     card["real_scores"] |= control_scores(assay, real, moa)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pandas as pd
 import torch
@@ -26,6 +28,9 @@ class LabelReader:
     name = "labels"
     fingerprint = "labels"
 
+    def to(self, device: torch.device | str) -> LabelReader:
+        return self
+
     def __call__(self, nucleus: Tensor | None, cytoplasm: Tensor | None, diameter: float) -> Masks:
         assert nucleus is not None and cytoplasm is not None
         return Masks((nucleus * 255).round().int(), (cytoplasm[:, 0] * 255).round().int())
@@ -34,8 +39,11 @@ class LabelReader:
 class ByBrightness:
     """A classifier whose probability of class k grows with the mean of channel 2; calibrated enough for a test."""
 
-    classes = ["DMSO", "small", "rare"]
+    classes: ClassVar = ["DMSO", "small", "rare"]
     fingerprint = "brightness"
+
+    def to(self, device: torch.device | str) -> ByBrightness:
+        return self
 
     def __call__(self, images: Tensor) -> Tensor:
         level = images[:, 2].double().mean((1, 2)).float()
@@ -47,7 +55,9 @@ def statistics() -> pd.DataFrame:
     for name, n in (("DMSO", 200), ("small", 60), ("rare", 5), (TREATED, 65)):
         for measure, (mean, sd) in MEAN_SD.items():
             factor = 0.8 if name == "small" else 1.0
-            rows.append({"class": name, "measure": measure, "mean": factor * mean, "sd": sd, "n": n, "origin": "images"})
+            rows.append(
+                {"class": name, "measure": measure, "mean": factor * mean, "sd": sd, "n": n, "origin": "images"}
+            )
     return pd.DataFrame(rows)
 
 

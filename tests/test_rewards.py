@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,11 @@ def test_same_call_twice_and_the_input_is_left_alone(name: str) -> None:
     before = images.clone()
     first, second = score(name, images, target), score(name, images, target)
     assert torch.equal(first.value, second.value) and torch.equal(images, before)
-    assert first.value.dtype == torch.float32 and first.measure.dtype == torch.float32 and first.reason.dtype == torch.uint8
+    assert (
+        first.value.dtype == torch.float32
+        and first.measure.dtype == torch.float32
+        and first.reason.dtype == torch.uint8
+    )
     torch.testing.assert_close(score(name, images.double(), target).value, first.value, atol=1e-6, rtol=1e-6)
 
 
@@ -145,7 +150,11 @@ def test_one_object_an_object_at_the_border_and_a_giant_give_numbers(name: str) 
         disc(cells, 1, y, x, radius * 1.5)
         disc(nuclei, 1, y, x, radius)
         result = score(name, image(nuclei, cells)[None], torch.tensor([0]))
-        assert torch.isfinite(result.value).all() and result.value.item() >= WORST[name] and int(result.reason) == Reason.OK
+        assert (
+            torch.isfinite(result.value).all()
+            and result.value.item() >= WORST[name]
+            and int(result.reason) == Reason.OK
+        )
 
 
 def test_wrong_channel_count_and_integers_are_refused() -> None:
@@ -165,7 +174,11 @@ def test_labels_that_are_missing_unknown_or_without_reference(name: str) -> None
     if name == "nucleus_in_cytoplasm":
         assert reasons == [Reason.OK] * 4 and torch.isfinite(result.value).all()
         return
-    assert reasons[:3] == [Reason.NO_TARGET, Reason.UNKNOWN_TARGET, Reason.NO_REFERENCE if name == "moa" else Reason.POOLED_REFERENCE]
+    assert reasons[:3] == [
+        Reason.NO_TARGET,
+        Reason.UNKNOWN_TARGET,
+        Reason.NO_REFERENCE if name == "moa" else Reason.POOLED_REFERENCE,
+    ]
     # "rare" stands on 5 images: pooled statistics, but its own classifier output.
     assert reasons[3] == (Reason.OK if name == "moa" else Reason.POOLED_REFERENCE)
     for value, reason in zip(result.value, reasons, strict=True):
@@ -188,7 +201,9 @@ def lesion(name: str, dose: float) -> tuple[np.ndarray, np.ndarray, float]:
         stretch = 1 + (0.6 + 2 * dose) * (name == "nucleus_roundness")
         radius = 16.9 * (1 - 0.6 * dose * (name == "nucleus_size"))
         yy, xx = np.mgrid[:192, :192]
-        inside = ((yy - y) / (1 / stretch**0.5)) ** 2 + ((xx - x - 50 * dose * (name == "nucleus_in_cytoplasm")) / stretch**0.5) ** 2
+        inside = ((yy - y) / (1 / stretch**0.5)) ** 2 + (
+            (xx - x - 50 * dose * (name == "nucleus_in_cytoplasm")) / stretch**0.5
+        ) ** 2
         nuclei[inside <= radius**2] = label
     extra = round(6 * dose)
     for k in range(extra):
@@ -202,7 +217,7 @@ def lesion(name: str, dose: float) -> tuple[np.ndarray, np.ndarray, float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_worse_with_the_dose_of_its_own_lesion(name: str) -> None:
     values = [score(name, image(*lesion(name, d))[None], torch.tensor([0])).value.item() for d in np.linspace(0, 1, 7)]
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False)), values
+    assert all(a >= b for a, b in pairwise(values)), values
     assert values[0] > values[-1] + 0.3
 
 
@@ -215,7 +230,10 @@ def slow(name: str, nuclei: np.ndarray, cells: np.ndarray, pixel: float) -> floa
     props = regionprops(cells if name.startswith("cyto") else nuclei)
     if name.endswith("size"):
         return max(p.area for p in props) * pixel**2
-    rounds = [(4 * np.pi * p.area / perimeter_crofton(p.image, 4) ** 2, min(p.bbox[:2]) == 0 or max(p.bbox[2:]) == 96) for p in props]
+    rounds = [
+        (4 * np.pi * p.area / perimeter_crofton(p.image, 4) ** 2, min(p.bbox[:2]) == 0 or max(p.bbox[2:]) == 96)
+        for p in props
+    ]
     return float(np.mean([r for r, cut in rounds if not cut] or [r for r, _ in rounds]))
 
 

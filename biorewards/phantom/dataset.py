@@ -67,11 +67,11 @@ def _quotas(n: int) -> NDArray[np.int64]:
     # Several crops of a field where n allows (a field costs as much for one crop as for twelve), but not so many
     # that a plate would lack classes: there are 13 on each.
     block = min(CROPS_PER_FIELD, max(1, n // (plates * len(CLASSES))))
-    # Class by class, then plate by plate, then well by well: what rounding leaves out is spread over all three.
+    # Class by class, then plate by plate, then well by well, to and fro: what rounding leaves out is spread over all.
     names = list(CLASSES)
     effect = [names.index(COMPOUNDS[name].effect) for name, _ in wells]
     plate, well = np.divmod(np.arange(plates * len(wells)), len(wells))
-    order = np.lexsort((well, plate, np.take(effect, well)))
+    order = np.lexsort((np.where(plate % 2, -well, well), plate, np.take(effect, well)))
     share = np.take([share for _, share in wells], well[order])
     filled = block * np.rint(np.cumsum(share) * (n / plates / block)).astype(np.int64)
     filled[-1] = n

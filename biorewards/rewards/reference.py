@@ -17,7 +17,7 @@ Z_LIMIT = 5.0
 
 
 class Measure(NamedTuple):
-    """How a crop's statistic is taken, whether it is an area (px^2, to um^2), and what is missing when it is not there."""
+    """How a crop's statistic is taken, whether it is an area (px^2, to um^2), and what is missing when it is NaN."""
 
     of: Callable[[Batch], Tensor]
     is_area: bool
@@ -66,7 +66,9 @@ class ReferenceReward:
         mean, sd, reference = batch.assay.reference(self.name, batch.target)
         z = ((measure - mean) / sd).clamp(-Z_LIMIT, Z_LIMIT)
         reason = reference.clone()
-        scored = ~torch.isin(reason, torch.tensor([Reason.NO_TARGET, Reason.UNKNOWN_TARGET, Reason.NO_REFERENCE], device=reason.device))
+        scored = ~torch.isin(
+            reason, torch.tensor([Reason.NO_TARGET, Reason.UNKNOWN_TARGET, Reason.NO_REFERENCE], device=reason.device)
+        )
         nothing = scored & (measure.isnan() | (measure == 0))
         reason[nothing] = how.missing
         reason[scored & batch.blank] = Reason.BLANK

@@ -47,6 +47,10 @@ class ClassicalSegmenter:
         """Hash of this module's source: there are no weights, the code is the setting."""
         return f"classical-{hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:12]}"
 
+    def to(self, device: torch.device | str) -> ClassicalSegmenter:
+        """Nothing to move: images are brought to the CPU one by one."""
+        return self
+
     def __call__(self, nucleus: Tensor | None, cytoplasm: Tensor | None, diameter: float) -> Masks:
         """See `Segmenter`. Raises ValueError when both channels are None."""
         given = nucleus if nucleus is not None else cytoplasm

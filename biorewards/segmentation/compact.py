@@ -46,7 +46,14 @@ class CompactSegmenter:
 
     def __init__(self, net: CompactNet, fingerprint: str) -> None:
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.fingerprint = fingerprint
+        self.weights_fingerprint = fingerprint
+        #: Off: predicted flows are short where the networks are unsure, and the check at 0.4 costs good masks.
+        self.flow_threshold = 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weight file, and the flow threshold where one is set."""
+        return self.weights_fingerprint + (f"-ft{self.flow_threshold:g}" if self.flow_threshold else "")
 
     @classmethod
     def bundled(cls) -> CompactSegmenter:
@@ -68,6 +75,7 @@ class CompactSegmenter:
         return cls(fold_batch_norm(net.eval()), f"compact-{digest}")  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> CompactSegmenter:
+        """Move the networks; images must be on the same device."""
         self.net.to(device)
         return self
 
@@ -98,7 +106,9 @@ class CompactSegmenter:
             x = resize(torch.cat(channels, 1), small)
             pad_y, pad_x = -small[0] % STRIDE, -small[1] % STRIDE
             top, left = pad_y // 2, pad_x // 2
-            x = F.pad(x, (left, pad_x - left, top, pad_y - top), mode="replicate").contiguous(memory_format=torch.channels_last)
+            x = F.pad(x, (left, pad_x - left, top, pad_y - top), mode="replicate").contiguous(
+                memory_format=torch.channels_last
+            )
             raw = self._network(x)
             window = raw[..., top : top + small[0], left : left + small[1]]
             return list(torch.split(window, [2, 1] if window.shape[1] == 3 else [2, 1, 2, 1], 1))
@@ -118,4 +128,12 @@ class CompactSegmenter:
 
     def _label(self, flow: Tensor, logit: Tensor, size: tuple[int, int], min_size: int) -> Tensor:
         outline = F.interpolate(logit[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        return masks_from_flows(flow, logit, steps=STEPS, method="doubling", outline_logit=outline, min_size=min_size)
+        return masks_from_flows(
+            flow,
+            logit,
+            steps=STEPS,
+            method="doubling",
+            outline_logit=outline,
+            min_size=min_size,
+            flow_threshold=self.flow_threshold,
+        )

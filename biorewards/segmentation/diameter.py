@@ -28,7 +28,8 @@ def median_diameter(labels: Tensor) -> float:
 def estimate_diameter(segmenter: Segmenter, nucleus: Tensor | None, cytoplasm: Tensor | None) -> float:
     """Fixed-point iteration: segment at a guessed scale, take the median diameter found, segment at that.
 
-    Arguments as for `Segmenter`, one image or several of one kind. Returns px (nuclei; cells without a nucleus channel).
+    Arguments as for `Segmenter`, one image or several of one kind. Returns px (of nuclei, or of cells when
+    `nucleus` is None).
     Raises ValueError when nothing is found at any first guess.
     """
     for guess in GUESSES:

@@ -66,9 +66,13 @@ def segment_image(
 
 
 def overlay(
-    image: npt.NDArray[np.float32], nuclei: npt.NDArray[np.int32], cells: npt.NDArray[np.int32], nucleus: int | None, cytoplasm: list[int]
+    image: npt.NDArray[np.float32],
+    nuclei: npt.NDArray[np.int32],
+    cells: npt.NDArray[np.int32],
+    nucleus: int | None,
+    cytoplasm: list[int],
 ) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8: cytoplasm red and green, DNA blue (grey when there is one channel), nuclei orange, cells white."""
+    """(H, W, 3) uint8: cytoplasm red and green, DNA blue (one channel: grey), nuclei orange, cells white."""
     planes = stretched(image)[0].clamp(0, 1).numpy()
     shown = [planes[k] for k in cytoplasm] + ([] if nucleus is None else [planes[nucleus]])
     if len(shown) == 1:

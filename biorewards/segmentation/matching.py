@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize, sparse
 
 
@@ -22,7 +23,7 @@ class Match(NamedTuple):
         return 2 * self.true_positive / total if total else float("nan")
 
 
-def iou_matrix(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def iou_matrix(truth: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(n_truth, n_predicted) intersection over union of two (H, W) label images (0 = background, ids may be gapped)."""
     _, t = np.unique(truth.ravel(), return_inverse=True)
     _, p = np.unique(predicted.ravel(), return_inverse=True)
@@ -32,7 +33,7 @@ def iou_matrix(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.asarray((overlap / np.maximum(union, 1))[1:, 1:])
 
 
-def match(truth: np.ndarray, predicted: np.ndarray, iou: float = 0.5) -> Match:
+def match(truth: npt.NDArray[Any], predicted: npt.NDArray[Any], iou: float = 0.5) -> Match:
     """Pair objects one to one (largest summed IoU) and count the pairs with an IoU above `iou`."""
     matrix = iou_matrix(truth, predicted)
     n_truth, n_predicted = matrix.shape

@@ -12,11 +12,13 @@ one mask recovery serves every network.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 
 class Outputs(NamedTuple):
     """Network outputs, float32: flows (B, 2, H, W) = 5 x unit flow (Y, X); logits (B, H, W)."""
@@ -30,7 +32,9 @@ class Outputs(NamedTuple):
 def conv_unit(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU; the BatchNorm folds into the convolution at inference."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -43,16 +47,17 @@ class Block(nn.Module):
         self.units = nn.Sequential(conv_unit(inputs, outputs), conv_unit(outputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.units(x)
+        out: Tensor = self.skip(x) + self.units(x)
+        return out
 
 
 class Trunk(nn.Module):
-    """A U-Net: widths per level, additive skips, nearest-neighbour enlargement. (B, C, H, W) -> (B, widths[0], H, W)."""
+    """A U-Net: widths per level, additive skips, nearest-neighbour enlargement. (B, C, H, W) -> (B, w0, H, W)."""
 
     def __init__(self, inputs: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.down = nn.ModuleList(Block(a, b) for a, b in zip((inputs, *widths[:-1]), widths, strict=True))
-        self.reduce = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.reduce = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(Block(a, a) for a in widths[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +77,9 @@ class CompactNet(nn.Module):
     nucleus: (B, 1, H, W), cytoplasm: (B, 2, H, W), normalised (0 background, 1 bright), sides multiples of 8.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16, 40, 80, 128), evidence_widths: tuple[int, ...] = (8, 20, 40, 64)) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (16, 40, 80, 128), evidence_widths: tuple[int, ...] = (8, 20, 40, 64)
+    ) -> None:
         super().__init__()
         self.widths, self.evidence_widths = widths, evidence_widths
         w, e = widths[0], evidence_widths[0]
@@ -111,6 +118,6 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Fold every Conv-BatchNorm pair of an evaluation-mode network into the convolution, in place."""
     for child in module.modules():
         if isinstance(child, nn.Sequential) and len(child) > 1 and isinstance(child[1], nn.BatchNorm2d):
-            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])
+            child[0] = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1])  # type: ignore[type-var]
             child[1] = nn.Identity()
     return module

@@ -27,8 +27,15 @@ class Segmenter(Protocol):
     settings: two segmenters with one fingerprint give the same masks.
     """
 
-    name: str
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def to(self, device: torch.device | str) -> Segmenter:
+        """Move the networks, in place, and return the segmenter."""
+        ...
 
     def __call__(self, nucleus: Tensor | None, cytoplasm: Tensor | None, diameter: float) -> Masks: ...
 

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from skimage import io
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import pandas as pd
 from biorewards.phantom import CLASSES, render_field
 from biorewards.segmentation import load_segmenter
 from biorewards.segmentation.compact import CompactSegmenter
@@ -38,10 +35,13 @@ def cases(data: Path, which: str, split: str) -> list[Case]:
         table = pd.read_csv(data / which / "images.csv")
         folder = {"dsb2018": "labels", "mnfinder": "nuclei"}[which]
         for name in table.file[table.split == split]:
-            found.append((io.imread(data / which / "images" / name)[None], None, io.imread(data / which / folder / name).astype(int), None))
+            dna, nuclei = (io.imread(data / which / part / name) for part in ("images", folder))
+            found.append((dna[None], None, nuclei.astype(int), None))
     elif which == "phantom":
         for i in range(26):
-            image, nuclei, cells = render_field(np.random.default_rng([991, i]), (256, 256), list(CLASSES)[i % len(CLASSES)])
+            image, nuclei, cells = render_field(
+                np.random.default_rng([991, i]), (256, 256), list(CLASSES)[i % len(CLASSES)]
+            )
             found.append((image[None, ..., 2], np.moveaxis(image[..., :2], -1, 0), nuclei, cells))
     else:
         table = pd.read_csv(data / "cell_bodies" / "images.csv")
@@ -105,7 +105,12 @@ def evaluate(segmenter, data: Path, which: str, split: str, true_diameter: bool)
         truth = sum(m.true_positive + m.false_negative for m in tally["m50"])
         off = sum(abs(m.false_positive - m.false_negative) for m in tally["m50"])
         bias = sum(m.false_positive - m.false_negative for m in tally["m50"])
-        result[what] = row | {"count_error": round(off / truth, 4), "count_bias": round(bias / truth, 4), "objects": truth, "images": len(tally["m50"])}
+        result[what] = row | {
+            "count_error": round(off / truth, 4),
+            "count_bias": round(bias / truth, 4),
+            "objects": truth,
+            "images": len(tally["m50"]),
+        }
     return result
 
 
@@ -120,7 +125,13 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = load_segmenter("classical") if args.classical else CompactSegmenter.load(args.weights) if args.weights else load_segmenter("compact")
+    chosen = (
+        load_segmenter("classical")
+        if args.classical
+        else CompactSegmenter.load(args.weights)
+        if args.weights
+        else load_segmenter("compact")
+    )
     table = {}
     for which in args.sets.split(","):
         table[which] = evaluate(chosen, args.data, which, args.split, args.true_diameter)

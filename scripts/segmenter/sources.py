@@ -52,7 +52,9 @@ def rescale(image: np.ndarray, labels: list[np.ndarray], factor: float) -> tuple
     factor = min(factor, 3.0)
     size = tuple(max(16, round(s * factor)) for s in image.shape[-2:])
     resized = np.stack([transform.resize(c, size, order=1, anti_aliasing=factor < 1) for c in image]).astype(np.float32)
-    nearest = [transform.resize(x, size, order=0, preserve_range=True, anti_aliasing=False).astype(np.int32) for x in labels]
+    nearest = [
+        transform.resize(x, size, order=0, preserve_range=True, anti_aliasing=False).astype(np.int32) for x in labels
+    ]
     return resized, nearest
 
 
@@ -100,7 +102,11 @@ def cell_bodies(data: Path, split: str) -> Iterator[Sample]:
         # Labels are incomplete: what is bright and unlabelled is unknown, not background.
         evidence = ndimage.gaussian_filter(image[:2].max(0), 1)
         unknown = (cells == 0) & (evidence > 0.6 * filters.threshold_otsu(evidence))
-        dark = (nuclei == 0) & (image[2] > 0.5 * filters.threshold_otsu(image[2])) if nuclei.any() else np.ones(cells.shape, bool)
+        dark = (
+            (nuclei == 0) & (image[2] > 0.5 * filters.threshold_otsu(image[2]))
+            if nuclei.any()
+            else np.ones(cells.shape, bool)
+        )
         yield Sample(kind, image, nuclei, cells, (~dark).astype(np.float32), (~unknown).astype(np.float32))
 
 
@@ -132,7 +138,10 @@ def draw_bodies(rng: np.random.Generator, sample: Sample) -> Sample:
     # Displace the distance map by a smooth random field, so that outlines are irregular.
     amplitude = rng.uniform(1, 7)
     yy, xx = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
-    at = [yy + amplitude * smooth_noise(rng, shape, rng.uniform(4, 10)), xx + amplitude * smooth_noise(rng, shape, rng.uniform(4, 10))]
+    at = [
+        yy + amplitude * smooth_noise(rng, shape, rng.uniform(4, 10)),
+        xx + amplitude * smooth_noise(rng, shape, rng.uniform(4, 10)),
+    ]
     owner = ndimage.map_coordinates(owner, at, order=0, mode="nearest")
     distance = ndimage.map_coordinates(distance, at, order=1, mode="nearest")
     reach = DIAMETER * rng.uniform(0.15, 1.1) * rng.lognormal(0, 0.35, n)
@@ -154,14 +163,25 @@ def draw_bodies(rng: np.random.Generator, sample: Sample) -> Sample:
         level = rng.lognormal(0, rng.uniform(0.1, 0.5), n)[cells] * (cells > 0)
         falloff = np.exp(-np.maximum(distance, 0) / (DIAMETER * rng.uniform(0.3, 3)))
         ramp = np.clip(inner / rng.uniform(1, 5), 0.15, 1)
-        texture = 1 + rng.uniform(0.05, 0.4) * smooth_noise(rng, shape, rng.uniform(0.6, 2.5)) + rng.uniform(0, 1.6) * filaments(rng, shape)
+        texture = (
+            1
+            + rng.uniform(0.05, 0.4) * smooth_noise(rng, shape, rng.uniform(0.6, 2.5))
+            + rng.uniform(0, 1.6) * filaments(rng, shape)
+        )
         body = level * falloff * ramp * np.clip(texture, 0.05, None)
-        body = body * np.where(nuclei > 0, rng.uniform(0.2, 1.05), 1) + rng.choice([0, rng.uniform(0.1, 1.0)]) * edge * level
+        body = (
+            body * np.where(nuclei > 0, rng.uniform(0.2, 1.05), 1)
+            + rng.choice([0, rng.uniform(0.1, 1.0)]) * edge * level
+        )
         body = ndimage.gaussian_filter(body, rng.uniform(0.4, 1.4))
         haze = rng.uniform(0, 0.25) * ndimage.gaussian_filter(body, DIAMETER * rng.uniform(0.4, 1))
         scale = np.percentile(body[cells > 0], 95) if (cells > 0).any() else 1.0
         shot = body / scale + haze / scale + rng.uniform(0.0, 0.08)
-        channels.append(shot + rng.normal(0, 1, shape) * np.sqrt(np.clip(shot, 0, None)) * rng.uniform(0.005, 0.1) + rng.normal(0, rng.uniform(0.003, 0.03), shape))
+        channels.append(
+            shot
+            + rng.normal(0, 1, shape) * np.sqrt(np.clip(shot, 0, None)) * rng.uniform(0.005, 0.1)
+            + rng.normal(0, rng.uniform(0.003, 0.03), shape)
+        )
     image = np.stack([stretch(channels[0]), stretch(channels[1]), sample.image[2]])
     return Sample("drawn", image, nuclei, cells, sample.nucleus_weight, np.ones(shape, np.float32))
 
@@ -177,12 +197,23 @@ def composite(rng: np.random.Generator, donors: list[Sample], size: int = 160) -
     boxes = [
         (i + 1, box)
         for i, box in enumerate(ndimage.find_objects(donor.nuclei))
-        if box is not None and box[0].start > 0 and box[1].start > 0 and box[0].stop < dna.shape[0] and box[1].stop < dna.shape[1]
+        if box is not None
+        and box[0].start > 0
+        and box[1].start > 0
+        and box[0].stop < dna.shape[0]
+        and box[1].stop < dna.shape[1]
     ]
     boxes = [(i, b) for i, b in boxes if (donor.nuclei[b] == i).sum() > 60]
     canvas, labels, brightest = np.zeros((size, size)), np.zeros((size, size), np.int32), np.zeros((size, size))
     if not boxes:
-        return Sample("composite", np.zeros((3, size, size), np.float32), labels, labels, np.ones((size, size), np.float32), np.zeros((size, size), np.float32))
+        return Sample(
+            "composite",
+            np.zeros((3, size, size), np.float32),
+            labels,
+            labels,
+            np.ones((size, size), np.float32),
+            np.zeros((size, size), np.float32),
+        )
     anchors: list[tuple[float, float, float]] = []
     gap = rng.uniform(0.55, 1.25)
     for label in range(1, int(rng.integers(4, 34))):
@@ -219,10 +250,19 @@ def composite(rng: np.random.Generator, donors: list[Sample], size: int = 160) -
         brightest[ys, xs][upper] = level
         anchors.append((y, x, radius))
     canvas = ndimage.gaussian_filter(canvas, rng.uniform(0.2, 0.8))
-    canvas += rng.uniform(0, 0.2) * ndimage.gaussian_filter(canvas, DIAMETER / 2) + rng.normal(0, rng.uniform(0.003, 0.03), canvas.shape)
+    canvas += rng.uniform(0, 0.2) * ndimage.gaussian_filter(canvas, DIAMETER / 2) + rng.normal(
+        0, rng.uniform(0.003, 0.03), canvas.shape
+    )
     labels = drop_slivers(labels)
     empty = np.zeros((size, size), np.float32)
-    return Sample("composite", np.stack([empty, empty, stretch(canvas)]), labels, np.zeros_like(labels), np.ones_like(empty), empty)
+    return Sample(
+        "composite",
+        np.stack([empty, empty, stretch(canvas)]),
+        labels,
+        np.zeros_like(labels),
+        np.ones_like(empty),
+        empty,
+    )
 
 
 def drop_slivers(labels: np.ndarray) -> np.ndarray:
@@ -244,7 +284,15 @@ def phantoms(seed: int, n: int, size: int = 256) -> Iterator[Sample]:
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         # The assay's own look in every second field; the rest from lonely to crowded cells.
-        wild = {} if i % 2 else {"spread": float(rng.uniform(0.6, 1.6)), "density": float(rng.uniform(0.6, 3.5)), "strength": float(rng.uniform(0.5, 1.5))}
+        wild = (
+            {}
+            if i % 2
+            else {
+                "spread": float(rng.uniform(0.6, 1.6)),
+                "density": float(rng.uniform(0.6, 3.5)),
+                "strength": float(rng.uniform(0.5, 1.5)),
+            }
+        )
         image, nuclei, cells = render_field(rng, (size, size), names[(i // 2) % len(names)], **wild)
         planes = np.stack([stretch(image[..., c].astype(np.float32)) for c in range(3)])
         planes, (nuclei, cells) = rescale(planes, [nuclei, cells], DIAMETER / 35.0)

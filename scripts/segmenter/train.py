@@ -13,20 +13,17 @@ import argparse
 import json
 import math
 import queue
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import sources
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import sources
 from biorewards.segmentation.flow_targets import flows_from_masks
 from biorewards.segmentation.network import CompactNet
 
@@ -134,7 +131,9 @@ def disturb(crops: Tensor, rng: np.random.Generator, joint: bool) -> Tensor:
         soft = F.conv2d(image[blurred].flatten(0, 1)[:, None], taps.view(1, 1, 9, 1), padding=(4, 0))
         soft = F.conv2d(soft, taps.view(1, 1, 1, 9), padding=(0, 4))
         image[blurred] = soft.view(-1, 3, CROP, CROP)
-    noisy = torch.from_numpy(np.where(rng.random((b, 3)) < 0.6, rng.exponential(0.03, (b, 3)), 0)).float()[..., None, None]
+    noisy = torch.from_numpy(np.where(rng.random((b, 3)) < 0.6, rng.exponential(0.03, (b, 3)), 0)).float()[
+        ..., None, None
+    ]
     image = image + noisy * torch.randn(image.shape, generator=random)
     if joint:
         swap = pick(0.3)
@@ -151,7 +150,9 @@ def disturb(crops: Tensor, rng: np.random.Generator, joint: bool) -> Tensor:
         moved = pick(0.05) & ~none & ~lost  # DNA that belongs to other cells: the cell foreground stays what it is
         turned = [2, 3, 4, 5, 6]
         crops[:, :3] = image
-        crops[moved] = crops[moved].index_copy(1, torch.tensor(turned), torch.roll(crops[moved][:, turned], (CROP // 2, CROP // 3), (2, 3)))
+        crops[moved] = crops[moved].index_copy(
+            1, torch.tensor(turned), torch.roll(crops[moved][:, turned], (CROP // 2, CROP // 3), (2, 3))
+        )
         crops[moved, 8:10] = float("nan")  # to whom the pixels belong is unknown: no flow loss
         image = crops[:, :3].clone()
     crops[:, :3] = image
@@ -163,7 +164,9 @@ def make_batch(samples: dict[str, list[Tensor]], step: int, seed: int, joint: bo
     rng = np.random.default_rng([seed, step])
     mix = {k: p for k, p in (JOINT_MIX if joint else NUCLEUS_MIX).items() if samples.get(k)}
     kinds = rng.choice(list(mix), size, p=np.array(list(mix.values())) / sum(mix.values()))
-    return disturb(torch.stack([draw_crop(samples[k][int(rng.integers(len(samples[k])))], rng) for k in kinds]), rng, joint)
+    return disturb(
+        torch.stack([draw_crop(samples[k][int(rng.integers(len(samples[k])))], rng) for k in kinds]), rng, joint
+    )
 
 
 def losses(flow: Tensor, logit: Tensor, target: Tensor) -> Tensor:
@@ -180,9 +183,13 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
     samples = torch.load(cache / "samples.pt", weights_only=True)
     torch.manual_seed(seed)
     net = CompactNet().to(memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+    )
     optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))) + 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))) + 1e-3
+    )
     begin, checkpoint = 0, cache / "state.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -210,7 +217,9 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
             else:
                 nucleus_flow, nucleus_logit = net.nuclei(batch[:, 2:3])
         if joint:
-            loss = losses(out_.nucleus_flow, out_.nucleus_logit, batch[:, 3:7]) + losses(out_.cell_flow, out_.cell_logit, batch[:, 7:11])
+            loss = losses(out_.nucleus_flow, out_.nucleus_logit, batch[:, 3:7]) + losses(
+                out_.cell_flow, out_.cell_logit, batch[:, 7:11]
+            )
         else:
             loss = losses(nucleus_flow, nucleus_logit, batch[:, 3:7])
         optimiser.zero_grad(set_to_none=True)
@@ -221,13 +230,23 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
         average.update_parameters(net)
         running["joint" if joint else "nucleus"].append(float(loss.detach()))
         if (step + 1) % 100 == 0:
-            row = {"step": step + 1, **{k: round(float(np.mean(v)), 4) for k, v in running.items()}, "seconds": round(time.time() - clock, 1)}
+            row = {
+                "step": step + 1,
+                **{k: round(float(np.mean(v)), 4) for k, v in running.items()},
+                "seconds": round(time.time() - clock, 1),
+            }
             print(row, flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
             running = {"nucleus": [], "joint": []}
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"net": net.state_dict(), "average": average.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
+            state = {
+                "net": net.state_dict(),
+                "average": average.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             save(average.module, out)
@@ -235,8 +254,14 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
 
 def save(net: CompactNet, out: Path) -> None:
     """float16 halves the file; the outputs move by less than 0.02 on values up to 9."""
-    state = {k: v.detach().contiguous().half() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    save_file(state, str(out), metadata={"widths": ",".join(map(str, net.widths)), "evidence_widths": ",".join(map(str, net.evidence_widths))})
+    state = {
+        k: v.detach().contiguous().half() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")
+    }
+    save_file(
+        state,
+        str(out),
+        metadata={"widths": ",".join(map(str, net.widths)), "evidence_widths": ",".join(map(str, net.evidence_widths))},
+    )
 
 
 if __name__ == "__main__":

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 
-from biorewards.io.images import ImageError, read_image
+from biorewards.assay import Assay
+from biorewards.io.images import ImageError
 from biorewards.io.manifest import ManifestError, read_manifest
+from biorewards.io.reading import plan_reading
 
 ROLES = ("actin", "tubulin", "dna")
 
 
 class Labelled(NamedTuple):
-    """images (N, C, H, W) float16 in [0, 1]; rows with columns class, compound, plate, split, file; what was left out."""
+    """images (N, C, H, W) float16 in [0, 1]; rows: class, compound, plate, split, file; notes: what was left out."""
 
     images: Tensor
     rows: pd.DataFrame
@@ -34,36 +36,35 @@ def read_labelled(
     channels: dict[str, int] | None,
     intensity_range: tuple[float, float] | None,
     control: str,
-    split: Callable[[pd.DataFrame], pd.Series[str]] | None = None,
 ) -> Labelled:
     """Read every image that has a class (MoA column, or sub-folder) and can be read.
 
+    Channels come out in the order actin, tubulin, DNA (those that are given), which is the order of the new assay.
     A control row (STATE) without a class gets `control`. Rows without a class, unreadable files and other sizes than
-    the commonest are left out and counted in `notes`. A `Split` column must say train, val or test; without one, or
-    without val or test in it, whole plates of the training rows are drawn (`fitting.split_by_plate`).
-    Raises ManifestError when nothing is left.
+    the commonest are left out and counted in `notes`. A `Split` column must say train, val and test; without one
+    whole plates are drawn (`split_by_plate`). Raises ManifestError when nothing is left.
     """
-    from biorewards.fitting import split_by_plate
-
     found = read_manifest(path, manifest=manifest)
-    channels = channels or found.hints.channels or {role: i for i, role in enumerate(ROLES)}
+    given = channels or found.hints.channels
+    order = {role: i for i, role in enumerate(r for r in ROLES if given is None or r in given)}
+    draft = Assay(
+        name="to be fitted", channels=order, pixel_size=None, crop_size=None, intensity={}, classes=[], compounds={},
+        nucleus_diameter=1.0, statistics=pd.DataFrame(),
+    )  # fmt: skip
+    read = plan_reading(found, draft, channels=given, intensity_range=intensity_range)
     table = found.table
     label = table["Metadata_MoA"].where(table["Metadata_MoA"] != "", table["Metadata_Compound"])
     if "Metadata_State" in table:
         label = label.mask((table["Metadata_State"] == "control"), control)
-    images: list[np.ndarray] = []
+    images: list[npt.NDArray[Any]] = []
     kept: list[int] = []
     left_out: Counter[str] = Counter()
-    for row, files in enumerate(found.files):
+    for row in range(len(found)):
         if not label[row]:
             left_out["no class"] += 1
             continue
         try:
-            if row in found.problems:
-                raise ImageError(files[0], found.problems[row])
-            images.append(
-                read_image(list(files), max(channels.values()) + 1, intensity_range=intensity_range).astype(np.float16)
-            )
+            images.append(read(row).pixels.astype(np.float16))
             kept.append(row)
         except ImageError as error:
             left_out[error.message] += 1
@@ -81,11 +82,29 @@ def read_labelled(
     })  # fmt: skip
     rows["compound"] = rows["compound"].where(rows["compound"] != "", rows["class"])
     notes = [f"{n} images left out: {why}" for why, n in left_out.items() if n]
-    given = table["Metadata_Split"].iloc[kept].str.lower().to_numpy() if "Metadata_Split" in table else None
-    if given is not None and {"train", "val", "test"} <= set(given):
-        rows["split"] = given
+    said = table["Metadata_Split"].iloc[kept].str.lower().to_numpy() if "Metadata_Split" in table else None
+    if said is not None and {"train", "val", "test"} <= set(said):
+        rows["split"] = said
     else:
         rows["split"] = split_by_plate(rows, seed=0)
         notes.append("no SPLIT with train, val and test: whole plates were drawn for val and test")
     stack = torch.from_numpy(np.stack([i for i, ok in zip(images, fits, strict=True) if ok]))
-    return Labelled(stack, rows.reset_index(drop=True), channels, found.hints.pixel_size, notes)
+    return Labelled(stack, rows.reset_index(drop=True), order, found.hints.pixel_size, notes)
+
+
+def split_by_plate(rows: pd.DataFrame, seed: int) -> pd.Series:
+    """train, val or test for each row, by whole plates: about 15 % of the plates each for val and test.
+
+    With fewer than three plates the rows themselves are drawn; the card then says that plates are not held out.
+    """
+    rng = np.random.default_rng(seed)
+    plates = sorted(rows.plate.astype(str).unique())
+    unit = rows.plate.astype(str) if len(plates) >= 3 else pd.Series(np.arange(len(rows)), index=rows.index)
+    names = rng.permutation(sorted(unit.unique()))
+    each = max(1, round(0.15 * len(names)))
+    role = (
+        dict.fromkeys(names, "train")
+        | dict.fromkeys(names[:each], "test")
+        | dict.fromkeys(names[each : 2 * each], "val")
+    )
+    return unit.map(role)
