@@ -75,7 +75,7 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.Abort:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BIOREWARDS_DEBUG", "0") not in ("", "0"):
             raise
         print(f"error: {error}", file=sys.stderr)

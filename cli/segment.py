@@ -58,6 +58,8 @@ def command(
     """
     import tifffile
     from PIL import Image
+    from rich.console import Console
+    from rich.progress import Progress
 
     from biorewards.io.images import ImageError, read_image
     from biorewards.io.manifest import read_manifest
@@ -73,9 +75,8 @@ def command(
     names = output_names(files, manifest.root)
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    bar = click.progressbar(range(len(files)), label="segmenting", file=click.get_text_stream("stderr"))
-    with bar as todo:
-        for row in todo:
+    with Progress(console=Console(stderr=True)) as bar:
+        for row in bar.track(range(len(files)), description="segmenting"):
             try:
                 if row in manifest.problems:
                     raise ImageError(files[row], manifest.problems[row])

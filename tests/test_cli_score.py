@@ -204,7 +204,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_the_folders_own_index_names_assay_channels_and_pixel_size(
     assay_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list(write_dataset(tmp_path / "set", 13, size=48, seed=1))
+    write_dataset(tmp_path / "set", 13, size=48, seed=1)
     asked = []
     load = Assay.load
 

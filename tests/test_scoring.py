@@ -43,7 +43,8 @@ def write_crops(folder: Path, n: int, label: Callable[[int], str] = lambda k: "d
 def plain_loop(folder: Path, compound: str = "drug-a") -> pd.DataFrame:
     """The slow reference: every image alone, one after the other."""
     judge = suite(assay())
-    target = assay().target_of([compound])
+    name = assay().compounds.get(compound, compound)
+    target = torch.tensor([assay().classes.index(name)])
     rows = []
     for k in range(len(list(folder.glob("*.npy")))):
         result = judge(Batch(torch.from_numpy(np.load(folder / f"{k}.npy"))[None], target, assay()))

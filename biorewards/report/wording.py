@@ -25,7 +25,7 @@ _SQUARED = "The best value is 0, real images of the class average about −1, an
 #: "{area}" becomes the assay's unit of area.
 WORDINGS = {
     "moa": Wording(
-        "Mode of action",
+        "Mechanism of action",
         "Does the image look like the class that its label names? The measure is the calibrated probability that "
         "the assay's classifier gives to that class.",
         "probability of the labelled class",

@@ -11,27 +11,40 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from biorewards.segmentation.flows import masks_from_flows
+from biorewards.segmentation.flow_targets import unique_ids
+from biorewards.segmentation.flows import masks_from_flows, renumber
 from biorewards.segmentation.network import CompactNet, fold_batch_norm
 from biorewards.segmentation.segmenter import Masks
 from biorewards.segmentation.tiling import tiled
 
 #: Diameter of a nucleus at the scale the networks work at, px.
-WORKING_DIAMETER = 20.0
+WORKING_DIAMETER = 16.0
 #: Sides are padded to a multiple of this: three poolings.
 STRIDE = 8
 #: Larger working images are cut into tiles of this side with this overlap, px.
 TILE, OVERLAP = 512, 64
 #: Unit steps a pixel may walk at the working scale: the largest cells are about 120 px across there.
 STEPS = 256
-#: Smallest objects kept, as shares of the area of a nucleus of the expected diameter.
-MIN_NUCLEUS, MIN_CELL = 0.06, 0.25
+#: Smallest objects kept, as shares of the area of a nucleus of the expected diameter. Smaller ones are micronuclei
+#: and debris, or scraps of cytoplasm; at the image's border they are what is left of a larger object.
+MIN_NUCLEUS, MIN_CELL = 0.14, 0.4
+MIN_NUCLEUS_AT_BORDER, MIN_CELL_AT_BORDER = 0.03, 0.1
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "compact.safetensors"
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, half-pixel centres, antialiased when shrinking; (B, C, H, W)."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def drop_small(labels: Tensor, least: int) -> Tensor:
+    """Remove objects under `least` px that do not touch the image's border; (B, H, W) int32, numbered anew."""
+    ids = unique_ids(labels)
+    many = int(ids.max()) + 1
+    keep = torch.bincount(ids.reshape(-1), minlength=many) >= least
+    for edge in (ids[:, 0], ids[:, -1], ids[:, :, 0], ids[:, :, -1]):
+        keep[edge.reshape(-1)] = True
+    return renumber(ids * keep[ids])
 
 
 class CompactSegmenter:
@@ -89,16 +102,17 @@ class CompactSegmenter:
         scale = WORKING_DIAMETER / diameter
         small = (max(STRIDE, round(size[0] * scale)), max(STRIDE, round(size[1] * scale)))
         disc = math.pi / 4 * diameter**2
-        least = round(MIN_NUCLEUS * disc), round(MIN_CELL * disc)
+        pairs = ((MIN_NUCLEUS, MIN_NUCLEUS_AT_BORDER), (MIN_CELL, MIN_CELL_AT_BORDER))
+        least = [(round(inside * disc), round(border * disc)) for inside, border in pairs]
         if cytoplasm is None:
             flow, logit = self._run(small, nucleus[:, None])  # type: ignore[index]
-            return Masks(self._label(flow, logit[:, 0], size, least[0]), nothing)
+            return Masks(self._label(flow, logit[:, 0], size, *least[0]), nothing)
         if cytoplasm.shape[1] == 1:  # trained with a lone cytoplasm channel in the first place, zero in the second
             cytoplasm = torch.cat([cytoplasm, torch.zeros_like(cytoplasm)], 1)
         dna = torch.zeros_like(cytoplasm[:, :1]) if nucleus is None else nucleus[:, None]
         n_flow, n_logit, c_flow, c_logit = self._run(small, dna, cytoplasm)
-        nuclei = nothing if nucleus is None else self._label(n_flow, n_logit[:, 0], size, least[0])
-        return Masks(nuclei, self._label(c_flow, c_logit[:, 0], size, least[1]))
+        nuclei = nothing if nucleus is None else self._label(n_flow, n_logit[:, 0], size, *least[0])
+        return Masks(nuclei, self._label(c_flow, c_logit[:, 0], size, *least[1]))
 
     def _run(self, small: tuple[int, int], *channels: Tensor) -> list[Tensor]:
         """Resize, pad to the stride with the edge's own values, run, crop."""
@@ -126,14 +140,15 @@ class CompactSegmenter:
         out = self.net(x[:, :1], x[:, 1:])
         return torch.cat([out.nucleus_flow, out.nucleus_logit[:, None], out.cell_flow, out.cell_logit[:, None]], 1)
 
-    def _label(self, flow: Tensor, logit: Tensor, size: tuple[int, int], min_size: int) -> Tensor:
+    def _label(self, flow: Tensor, logit: Tensor, size: tuple[int, int], least: int, least_at_border: int) -> Tensor:
         outline = F.interpolate(logit[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        return masks_from_flows(
+        labels = masks_from_flows(
             flow,
             logit,
             steps=STEPS,
             method="doubling",
             outline_logit=outline,
-            min_size=min_size,
+            min_size=least_at_border,
             flow_threshold=self.flow_threshold,
         )
+        return drop_small(labels, least)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import sources
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,10 +29,10 @@ from biorewards.segmentation.network import CompactNet
 
 CROP = 96
 #: Median nucleus of a training crop before scale augmentation, px: the scale `CompactSegmenter` works at.
-WORKING_DIAMETER = 20.0
+WORKING_DIAMETER = 16.0
 #: Share of each source in a nucleus batch and in a joint batch (nuclei and cells).
 NUCLEUS_MIX = {"dsb2018": 0.6, "mnfinder": 0.2, "composite": 0.2}
-JOINT_MIX = {"phantom": 0.5, "drawn": 0.26, "jump": 0.09, "pediatric": 0.03, "mef": 0.05, "noise": 0.07}
+JOINT_MIX = {"phantom": 0.56, "drawn": 0.2, "jump": 0.09, "pediatric": 0.03, "mef": 0.05, "noise": 0.07}
 
 
 def pack(sample: sources.Sample) -> Tensor:
@@ -179,10 +179,15 @@ def losses(flow: Tensor, logit: Tensor, target: Tensor) -> Tensor:
     return (weight * (square / 2 + entropy)).sum() / weight.sum().clamp_min(1)
 
 
-def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple[int, int]) -> None:
+def fit(
+    cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple[int, int], begin_with: Path | None
+) -> None:
     samples = torch.load(cache / "samples.pt", weights_only=True)
     torch.manual_seed(seed)
     net = CompactNet().to(memory_format=torch.channels_last)
+    if begin_with is not None:
+        weights = load_file(begin_with)
+        net.load_state_dict({k: weights[k].float() if k in weights else v for k, v in net.state_dict().items()})
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
     )
@@ -190,7 +195,7 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, s / steps))) + 1e-3
     )
-    begin, checkpoint = 0, cache / "state.pt"
+    begin, checkpoint = 0, out.with_suffix(".state.pt")
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         for item, key in ((net, "net"), (average, "average"), (optimiser, "optimiser"), (schedule, "schedule")):
@@ -206,7 +211,7 @@ def fit(cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple
             batches.put(make_batch(samples, step, seed, joint, sizes[joint]))
 
     threading.Thread(target=produce, daemon=True).start()
-    log, running, clock = (cache / "log.jsonl").open("a"), {"nucleus": [], "joint": []}, time.time()
+    log, running, clock = out.with_suffix(".log.jsonl").open("a"), {"nucleus": [], "joint": []}, time.time()
     net.train()
     for step in range(begin, steps):
         batch = batches.get().to(memory_format=torch.channels_last)
@@ -275,6 +280,7 @@ if __name__ == "__main__":
     commands.choices["prepare"].add_argument("--phantoms", type=int, default=520)
     commands.choices["fit"].add_argument("--steps", type=int, default=6000)
     commands.choices["fit"].add_argument("--rate", type=float, default=3e-3)
+    commands.choices["fit"].add_argument("--begin-with", type=Path, help="weights of an earlier round")
     commands.choices["fit"].add_argument("--threads", type=int, default=2)
     commands.choices["fit"].add_argument("--out", type=Path, default=Path("biorewards/assets/compact.safetensors"))
     args = parser.parse_args()
@@ -282,4 +288,4 @@ if __name__ == "__main__":
         prepare(args.data, args.cache, args.seed, args.phantoms)
     else:
         torch.set_num_threads(args.threads)
-        fit(args.cache, args.steps, args.seed, args.out, args.rate, (20, 14))
+        fit(args.cache, args.steps, args.seed, args.out, args.rate, (20, 14), args.begin_with)
