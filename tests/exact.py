@@ -70,7 +70,7 @@ def assay(pixel_size: float | None = None, classifier: bool = True) -> Assay:
         intensity={"dna": (0.0, 1.0), "actin": (0.0, 1.0), "tubulin": (0.0, 1.0)},
         classes=list(CLASSES),
         compounds={"drug-a": "small", "drug-b": "rare"},
-        nucleus_diameter=30.0,
+        nucleus_diameter=8.0,
         statistics=statistics(),
         segmenter=LabelReader(),
         classifier=ByBrightness() if classifier else None,  # type: ignore[arg-type]

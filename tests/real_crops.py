@@ -11,7 +11,8 @@ from PIL import Image
 SIDE = 68
 #: What the files hold (README of bbbc021_crops68 and bbbc021_pairs96).
 CHANNELS = "dna=0,tubulin=1,actin=2"
-RANGE = "0,4095"
+#: Counts of the 12-bit camera between which these fields lie; above them are rounded cells.
+RANGE = "40,600"
 
 
 def write_crops68(data: Path, out: Path, every: int = 1) -> Path:

@@ -41,6 +41,9 @@ class Threshold:
 
     name = fingerprint = "threshold"
 
+    def to(self, device: torch.device | str) -> Threshold:
+        return self
+
     def __call__(self, nucleus: Tensor | None, cytoplasm: Tensor | None, diameter: float) -> Masks:
         assert nucleus is not None and cytoplasm is not None
         return Masks(_regions(nucleus, 0.35), _regions(cytoplasm.amax(1), 0.15))
@@ -56,6 +59,9 @@ class Flat:
 
     classes = tuple(CLASSES)
     fingerprint = "flat"
+
+    def to(self, device: torch.device | str) -> Flat:
+        return self
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.full((len(images), len(self.classes)), 1 / len(self.classes))

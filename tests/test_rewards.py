@@ -226,7 +226,8 @@ def slow(name: str, nuclei: np.ndarray, cells: np.ndarray, pixel: float) -> floa
     if name == "nucleus_in_cytoplasm":
         return float((cells[nuclei > 0] > 0).mean())
     if name.endswith("count"):
-        return float(len(np.unique(nuclei if name[0] == "n" else cells)) - 1)
+        areas = np.bincount((nuclei if name[0] == "n" else cells).ravel())[1:]
+        return float((areas >= max(1, (0.05 if name[0] == "n" else 0.3) * np.pi / 4 * 8**2)).sum())
     props = regionprops(cells if name.startswith("cyto") else nuclei)
     if name.endswith("size"):
         return max(p.area for p in props) * pixel**2
@@ -249,6 +250,18 @@ def test_equals_a_slow_reference(name: str, pixel: float | None) -> None:
             rows = assay(pixel).statistics.set_index(["measure", "class"]).loc[(name, "small")]
             z = np.clip((expected - rows["mean"]) / rows["sd"], -5, 5)
             assert result.value.item() == pytest.approx(-(z**2), rel=1e-3, abs=1e-4)
+
+
+def test_slivers_at_the_border_are_not_counted() -> None:
+    """8 px nuclei: a cell counts from 15 px, a nucleus from 3 px."""
+    nuclei, cells = random_crop(4)
+    plain = [score(n, image(nuclei, cells)[None], torch.tensor([0])).measure.item() for n in NAMES[-2:]]
+    cells[0, :14], nuclei[95, 94:] = 77, 78
+    assert [score(n, image(nuclei, cells)[None], torch.tensor([0])).measure.item() for n in NAMES[-2:]] == plain
+    cells[0, :16], nuclei[95, 91:] = 77, 78
+    assert [score(n, image(nuclei, cells)[None], torch.tensor([0])).measure.item() for n in NAMES[-2:]] == [
+        p + 1 for p in plain
+    ]
 
 
 def test_moa_is_the_probability_of_the_target() -> None:

@@ -99,6 +99,7 @@ REASONS = {
     Reason.UNKNOWN_TARGET: "The label is not one that the assay knows. The value is missing.",
     Reason.NO_REFERENCE: "The assay holds no reference for this class. The value is missing.",
     Reason.POOLED_REFERENCE: "Scored against all treated classes together: too few real images of the own class.",
+    Reason.CARRIED_REFERENCE: "Scored against a reference carried over from whole wells: no real crops of this class.",
     Reason.NO_NUCLEUS: "No nucleus was found. The worst value.",
     Reason.NO_CELL: "No cell was found. The worst value.",
     Reason.BLANK: "The crop has no contrast, or pixels that are not finite. The worst value.",
