@@ -18,7 +18,7 @@ from biorewards.segmentation.segmenter import Masks
 from biorewards.segmentation.tiling import tiled
 
 #: Diameter of a nucleus at the scale the networks work at, px.
-WORKING_DIAMETER = 16.0
+WORKING_DIAMETER = 18.0
 #: Sides are padded to a multiple of this: three poolings.
 STRIDE = 8
 #: Larger working images are cut into tiles of this side with this overlap, px.
