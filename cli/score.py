@@ -181,14 +181,21 @@ def warnings(found: Manifest, assay: Assay, reader: Reader, segmenter: str | Non
             f"the reference statistics of assay {assay.name} were measured with its own segmenter, not {segmenter}: "
             "sizes and counts are compared across segmenters"
         )
-    peaks = []
+    peaks, sides = [], set()
     for row in sorted({len(found) * k // PROBED for k in range(PROBED)}):
         try:
             image = reader(row)
         except ImageError:
             continue
+        sides.add(image.pixels.shape[1:])
         if image.dtype == "uint16":
             peaks.append(image.peak)
+    side = assay.card.get("crop_size")
+    if other := sorted(f"{h} x {w}" for h, w in sides if side and (h, w) != (side, side)):
+        notes.append(
+            f"images are {', '.join(other)} px, the statistics of assay {assay.name} stand on crops of {side} px: "
+            "largest objects and counts are not comparable"
+        )
     for limit, bits in ((255, 8), (4095, 12)):
         if peaks and reader.intensity_range is None and max(peaks) <= limit:
             notes.append(
