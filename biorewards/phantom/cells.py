@@ -110,7 +110,8 @@ def _arms(rng: np.random.Generator, depth: float) -> Float:
     share = (position - tips[arm]) / (tips[arm + 1] - tips[arm])
     sag = np.sqrt(np.sin(np.pi * share) ** 2 + 0.02) * np.minimum(1, (tips[arm + 1] - tips[arm]) * n / N_ANGLES)
     length = reach[arm] * (1 - share) + reach[(arm + 1) % n] * share
-    return np.roll(length * (1 - min(depth, 0.85) * sag), rng.integers(N_ANGLES)).astype(np.float32)
+    radii: Float = np.roll(length * (1 - min(depth, 0.85) * sag), rng.integers(N_ANGLES)).astype(np.float32)
+    return radii
 
 
 def territories(centres: Int, radii: Float, shape: tuple[int, int], ragged: Float) -> tuple[Int, Float]:

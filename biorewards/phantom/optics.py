@@ -69,7 +69,7 @@ def coarser(images: Float, factor: float) -> Float:
     if factor == 1:
         return images
     rows, columns = (_area_matrix(n, factor) for n in images.shape[-2:])
-    means: Float = rows @ images @ columns.T
+    means: Float = (rows @ images @ columns.T).astype(np.float32, copy=False)
     return means
 
 

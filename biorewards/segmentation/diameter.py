@@ -13,19 +13,17 @@ from biorewards.segmentation.segmenter import Segmenter
 GUESSES = (24.0, 60.0, 10.0, 140.0)
 #: The pass is repeated until the found diameter stays within 8 %, at most this often.
 PASSES = 4
-#: So many whole objects give a median of their own.
-WHOLE = 5
 
 
 def median_diameter(labels: Tensor) -> float:
     """Diameter of the disc with the median object area, px; NaN when there is none. labels (B, H, W) int.
 
-    Objects cut by the border count only where fewer than `WHOLE` are whole: in a 96 px crop of 35 px nuclei most are
+    Objects cut by the border count only where none is whole: in a 96 px crop of 35 px nuclei most are
     cut, and their median is a quarter too small.
     """
     regions = measure_regions(labels)
     whole = regions.area[~regions.touches_border]
-    areas = whole if len(whole) >= WHOLE else regions.area
+    areas = whole if len(whole) else regions.area
     return float(2 * (areas.median() / math.pi).sqrt()) if len(areas) else math.nan
 
 
