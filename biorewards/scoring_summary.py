@@ -139,7 +139,7 @@ def _furthest(rewards: dict[str, dict[str, Any]], suite: Suite) -> dict[str, Any
         if worst is None or real is None or real <= worst:
             continue
         for label, one in rewards[name]["classes"].items():
-            if one["n"] >= ENOUGH:
+            if one["n"] >= ENOUGH and one["mean"] < real:
                 shortfall = (real - one["mean"]) / (real - worst)
                 entry = {"class": label, "reward": name, "mean": one["mean"], "real_mean": real, "shortfall": shortfall}
                 found.append(entry)

@@ -101,8 +101,8 @@ def _field_crops(
     height, width = field.nuclei.shape
     flat = field.nuclei.ravel()
     area = np.maximum(np.bincount(flat), 1)
-    y = np.rint(np.bincount(flat, np.repeat(np.arange(height), width)) / area).astype(int)
-    x = np.rint(np.bincount(flat, np.tile(np.arange(width), height)) / area).astype(int)
+    y = np.rint(np.bincount(flat, np.repeat(np.arange(height, dtype=float), width)) / area).astype(int)
+    x = np.rint(np.bincount(flat, np.tile(np.arange(width, dtype=float), height)) / area).astype(int)
     half = size // 2
     inside = (y >= half) & (x >= half) & (y <= height - size + half) & (x <= width - size + half)
     inside[0] = False

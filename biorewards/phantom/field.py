@@ -81,10 +81,12 @@ def render_field(
 
 def renumber(labels: Int, least: float) -> Int:
     """Labels 1..n without gaps, in the old order; objects of fewer than `least` px become background."""
-    present = np.bincount(labels.ravel()) >= max(least, 1)
+    flat = labels.ravel()
+    present = np.bincount(flat) >= max(least, 1)
     present[0] = False
-    number: Int = (np.cumsum(present) * present).astype(np.int32)
-    return number[labels]
+    number = (np.cumsum(present) * present).astype(np.int32)
+    renumbered: Int = number.take(flat).reshape(labels.shape)
+    return renumbered
 
 
 def _shading(shape: tuple[int, int], plate: optics.Plate) -> Float:

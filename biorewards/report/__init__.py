@@ -156,7 +156,8 @@ def _section(
             "reason": reason,
         }
 
-    ties = int((value == value.min()).sum())
+    # Where all images have one value, none is the worst.
+    ties = int((value == value.min()).sum()) if value.min() < value.max() else 0
     return {
         "name": name,
         "wording": told,
