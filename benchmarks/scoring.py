@@ -36,7 +36,7 @@ from biorewards.io.images import read_image
 from biorewards.phantom import write_dataset
 from biorewards.regions import measure_regions
 from biorewards.rewards import suite
-from biorewards.segmentation.compact import CompactSegmenter
+from biorewards.segmentation.compact import WORKING_DIAMETER, CompactSegmenter
 
 BATCH = 64
 
@@ -69,7 +69,7 @@ def stored_outputs(images: Tensor, assay: Assay) -> tuple[list[Tensor], list[Ten
     scaled = assay.normalised(images)
     dna = scaled[:, assay.channels["dna"]][:, None]
     bodies = scaled[:, [assay.channels["actin"], assay.channels["tubulin"]]]
-    side = round(images.shape[-1] * 20.0 / assay.nucleus_diameter)
+    side = round(images.shape[-1] * WORKING_DIAMETER / assay.nucleus_diameter)
     raw = torch.cat(segmenter._run((side, side), dna, bodies), 1)
     full = nn.functional.interpolate(raw, images.shape[-2:], mode="bilinear", align_corners=False)
     return list(full[:, :3]), list(full[:, 3:])

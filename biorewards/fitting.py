@@ -181,7 +181,7 @@ def fit_classifier(
     counted = np.zeros((int(test_rows.sum()), len(classes)))
     counted[:, plain.classes_] = plain.predict_proba(features[test_rows])
     figures["counts_and_sizes_only"] = accuracy(counted, truth)
-    figures["control_as_treated"] = control_probability(probabilities, truth, labels[train_rows].numpy(), classes)
+    figures["control_as_treated"] = control_probability(probabilities, truth, classes)
     return final, figures
 
 
@@ -211,7 +211,7 @@ def accuracy(probabilities: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[s
 
 
 def control_probability(
-    probabilities: npt.NDArray[Any], truth: npt.NDArray[Any], trained: npt.NDArray[Any], classes: list[str]
+    probabilities: npt.NDArray[Any], truth: npt.NDArray[Any], classes: list[str]
 ) -> dict[str, float]:
     """Mean probability that control crops get for a treated class; base rate 1 / classes of balanced training."""
     controls = probabilities[truth == 0]
