@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 ROLES = ("actin", "tubulin", "dna")
@@ -36,3 +38,23 @@ def parse_range(text: str | None) -> tuple[float, float] | None:
     if not low < high:
         raise click.BadParameter(f"{text!r}: the first value must be below the second")
     return low, high
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, object]:
+    """("steps=10", "weights=raw") -> {"steps": 10, "weights": "raw"}: numbers, true, false as such, the rest as text.
+
+    Raises click.BadParameter for a pair without "=" or a name given twice.
+    """
+    settings: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise click.BadParameter(f"{pair!r}: write NAME=VALUE, e.g. steps=10")
+        if name in settings:
+            raise click.BadParameter(f"{name} is given twice")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
