@@ -11,8 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from biorewards.segmentation.flow_targets import unique_ids
-from biorewards.segmentation.flows import masks_from_flows, renumber
+from biorewards.segmentation.flows import masks_from_flows
 from biorewards.segmentation.network import CompactNet, fold_batch_norm
 from biorewards.segmentation.segmenter import Masks
 from biorewards.segmentation.tiling import tiled
@@ -27,7 +26,7 @@ TILE, OVERLAP = 512, 64
 STEPS = 256
 #: Smallest objects kept, as shares of the area of a nucleus of the expected diameter. Smaller ones are micronuclei
 #: and debris, or scraps of cytoplasm; at the image's border they are what is left of a larger object.
-MIN_NUCLEUS, MIN_CELL = 0.14, 0.4
+MIN_NUCLEUS, MIN_CELL = 0.14, 0.6
 MIN_NUCLEUS_AT_BORDER, MIN_CELL_AT_BORDER = 0.03, 0.1
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "compact.safetensors"
 
@@ -37,22 +36,12 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def drop_small(labels: Tensor, least: int) -> Tensor:
-    """Remove objects under `least` px that do not touch the image's border; (B, H, W) int32, numbered anew."""
-    ids = unique_ids(labels)
-    many = int(ids.max()) + 1
-    keep = torch.bincount(ids.reshape(-1), minlength=many) >= least
-    for edge in (ids[:, 0], ids[:, -1], ids[:, :, 0], ids[:, :, -1]):
-        keep[edge.reshape(-1)] = True
-    return renumber(ids * keep[ids])
-
-
 class CompactSegmenter:
     """The bundled networks behind the `Segmenter` protocol.
 
-    Works at a nucleus diameter of 20 px: the image is resized, flows are followed there, and outlines are taken
-    from the logit at the image's own resolution. Euler steps and minimum sizes are settings of the weights, not
-    options. `fingerprint` is the hash of the weight file.
+    Works at a nucleus diameter of 18 px: the image is resized, and flows are followed there. Outlines of nuclei come
+    from a logit at twice that scale, those of cells from the logit enlarged to the image's own resolution. Euler
+    steps and minimum sizes are settings of the weights, not options. `fingerprint` is the hash of the weight file.
     """
 
     name = "compact"
@@ -105,50 +94,56 @@ class CompactSegmenter:
         pairs = ((MIN_NUCLEUS, MIN_NUCLEUS_AT_BORDER), (MIN_CELL, MIN_CELL_AT_BORDER))
         least = [(round(inside * disc), round(border * disc)) for inside, border in pairs]
         if cytoplasm is None:
-            flow, logit = self._run(small, nucleus[:, None])  # type: ignore[index]
-            return Masks(self._label(flow, logit[:, 0], size, *least[0]), nothing)
+            flow, logit, fine = self._run(small, nucleus[:, None], None)  # type: ignore[index]
+            return Masks(self._label(flow, logit, fine, size, *least[0]), nothing)
         if cytoplasm.shape[1] == 1:  # trained with a lone cytoplasm channel in the first place, zero in the second
             cytoplasm = torch.cat([cytoplasm, torch.zeros_like(cytoplasm)], 1)
         dna = torch.zeros_like(cytoplasm[:, :1]) if nucleus is None else nucleus[:, None]
-        n_flow, n_logit, c_flow, c_logit = self._run(small, dna, cytoplasm)
-        nuclei = nothing if nucleus is None else self._label(n_flow, n_logit[:, 0], size, *least[0])
-        return Masks(nuclei, self._label(c_flow, c_logit[:, 0], size, *least[1]))
+        n_flow, n_logit, fine, c_flow, c_logit = self._run(small, dna, cytoplasm)
+        nuclei = nothing if nucleus is None else self._label(n_flow, n_logit, fine, size, *least[0])
+        return Masks(nuclei, self._label(c_flow, c_logit, c_logit, size, *least[1]))
 
-    def _run(self, small: tuple[int, int], *channels: Tensor) -> list[Tensor]:
-        """Resize, pad to the stride with the edge's own values, run, crop."""
+    def _run(self, small: tuple[int, int], dna: Tensor, cytoplasm: Tensor | None) -> list[Tensor]:
+        """Resize, pad to the stride with the edge's own values, run, crop: flow, logit and outline (B, c, h, w)."""
         with torch.inference_mode():
-            x = resize(torch.cat(channels, 1), small)
+            x = F.pixel_unshuffle(resize(dna, (2 * small[0], 2 * small[1])), 2)
+            if cytoplasm is not None:
+                x = torch.cat([x, resize(cytoplasm, small)], 1)
             pad_y, pad_x = -small[0] % STRIDE, -small[1] % STRIDE
             top, left = pad_y // 2, pad_x // 2
             x = F.pad(x, (left, pad_x - left, top, pad_y - top), mode="replicate").contiguous(
                 memory_format=torch.channels_last
             )
-            raw = self._network(x)
-            window = raw[..., top : top + small[0], left : left + small[1]]
-            return list(torch.split(window, [2, 1] if window.shape[1] == 3 else [2, 1, 2, 1], 1))
+            raw = self._network(x)[..., top : top + small[0], left : left + small[1]]
+            flow, logit, outline, *cells = torch.split(raw, [2, 1, 4] if cytoplasm is None else [2, 1, 4, 2, 1], 1)
+            return [flow, logit, F.pixel_shuffle(outline, 2), *cells]
 
     def _network(self, x: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) DNA [, actin, tubulin] -> (B, 3 or 6, H, W) flows and logits; tiled when large."""
+        """(B, 4 or 6, H, W) DNA quarters [, actin, tubulin] -> (B, 7 or 10, H, W); tiled when large."""
         if max(x.shape[-2:]) > TILE:
             return tiled(self._forward, x, TILE, OVERLAP)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] == 1:
-            flow, logit = self.net.nuclei(x)
-            return torch.cat([flow, logit[:, None]], 1)
-        out = self.net(x[:, :1], x[:, 1:])
-        return torch.cat([out.nucleus_flow, out.nucleus_logit[:, None], out.cell_flow, out.cell_logit[:, None]], 1)
+        if x.shape[1] == 4:
+            flow, logit, outline = self.net.nuclei(x)
+            return torch.cat([flow, logit[:, None], outline], 1)
+        out = self.net(x[:, :4], x[:, 4:])
+        planes = (out.nucleus_flow, out.nucleus_logit[:, None], out.nucleus_outline)
+        return torch.cat([*planes, out.cell_flow, out.cell_logit[:, None]], 1)
 
-    def _label(self, flow: Tensor, logit: Tensor, size: tuple[int, int], least: int, least_at_border: int) -> Tensor:
-        outline = F.interpolate(logit[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-        labels = masks_from_flows(
+    def _label(
+        self, flow: Tensor, logit: Tensor, outline: Tensor, size: tuple[int, int], least: int, least_at_border: int
+    ) -> Tensor:
+        """Labels (B, H, W) from flow (B, 2, h, w), logit (B, 1, h, w) and a logit for the outlines (B, 1, any, any)."""
+        outline = F.interpolate(outline, size, mode="bilinear", align_corners=False)[:, 0]
+        return masks_from_flows(
             flow,
-            logit,
+            logit[:, 0],
             steps=STEPS,
             method="doubling",
             outline_logit=outline,
             min_size=least_at_border,
+            min_size_inside=least,
             flow_threshold=self.flow_threshold,
         )
-        return drop_small(labels, least)

@@ -44,6 +44,7 @@ def masks_from_flows(
     threshold: float = 0.0,
     flow_threshold: float = 0.0,
     min_size: int = 15,
+    min_size_inside: int = 0,
     max_size_fraction: float | None = None,
     fill_holes: bool = True,
     seed_pixels: int = 10,
@@ -58,6 +59,7 @@ def masks_from_flows(
     flow_threshold: objects whose mean squared distance between flows and the flows of their mask is above it
         are dropped (Cellpose: 0.4); 0 = no check.
     min_size: px; smaller objects are dropped, before and after holes are filled. 0 = keep all.
+    min_size_inside: px; the same for objects that do not touch the image's border, in the end.
     max_size_fraction: objects larger than this share of the image are dropped (Cellpose: 0.4); None = keep all.
     seed_pixels, bin_pixels: more than so many walks must end in a bin for it to be a seed, and to belong to a
         seed's surroundings. Cellpose has 10 and 2.
@@ -86,7 +88,7 @@ def masks_from_flows(
     basin, n_seeds = _basins(sink[foreground.view(-1)], (n_images, height, width), seed_pixels, bin_pixels)
     own = basin[sink]
     if outline_logit is not None:
-        own = own[_approach(field, (outline.shape[1], outline.shape[2]))]
+        own = _on_finer_grid(own.view(foreground.shape), field, outline)
     own = own * outline.reshape(-1)
     sizes = torch.bincount(own, minlength=n_seeds + 1)
     keep = sizes >= min_size
@@ -100,7 +102,15 @@ def masks_from_flows(
         labels = labels * (error <= flow_threshold)[labels]  # error is NaN, so never kept, for absent ids
     if fill_holes:
         labels = fill(labels)
-        labels = labels * (torch.bincount(labels.view(-1)) >= min_size)[labels]
+    if fill_holes or min_size_inside > min_size:
+        sizes = torch.bincount(labels.view(-1))
+        keep = sizes >= max(min_size, min_size_inside)
+        if min_size_inside > min_size:
+            at_border = torch.zeros_like(keep)
+            for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+                at_border[edge.reshape(-1)] = True
+            keep |= at_border & (sizes >= min_size)
+        labels = labels * keep[labels]
     return renumber(labels)
 
 
@@ -200,11 +210,25 @@ def _flat(point: Tensor, height: int, width: int) -> Tensor:
     return (image + y * width + x).view(-1)
 
 
-def _approach(field: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Pixel of the flow grid that each pixel of a finer grid comes to in `OUTLINE_STEPS`: (B * H * W,) flat index."""
-    height, width = field.shape[2:]
-    start = _grid(shape, field, cells=(height, width)).expand(len(field), -1, -1)
-    return _flat(_walk(field, start, OUTLINE_STEPS).round(), height, width)
+def _on_finer_grid(own: Tensor, field: Tensor, outline: Tensor) -> Tensor:
+    """The object of each pixel of a finer grid: (B * H * W,) int64, meaningless outside `outline` (B, H, W).
+
+    own: (B, h, w) int64, the object of each pixel of the flow grid. Where only one object is near, a pixel is its;
+    the few that lie between objects (one in ten) walk `OUTLINE_STEPS` and join the object that they come to.
+    """
+    height, width = outline.shape[1:]
+    ids = own.float()
+    nearest = -F.max_pool2d(torch.where(own > 0, -ids, -torch.inf), 3, 1, 1)
+    farthest = F.max_pool2d(ids, 3, 1, 1)
+    single = torch.where(nearest.isinf() | (nearest == farthest), farthest, -1).long()
+    start = _grid((height, width), field, cells=(own.shape[1], own.shape[2]))
+    pixel = start.round().long()
+    found = single.flatten(1)[:, pixel[0] * own.shape[2] + pixel[1]].reshape(-1)
+    between = ((found < 0) & outline.reshape(-1)).nonzero().squeeze(1)
+    image, place = between // (height * width), between % (height * width)
+    y, x = follow(field, image, start[0, place], start[1, place], OUTLINE_STEPS)
+    found[between] = own[image, y.round().long(), x.round().long()]
+    return found
 
 
 def _basins(ends: Tensor, shape: tuple[int, int, int], seed_pixels: int, bin_pixels: int) -> tuple[Tensor, int]:

@@ -21,10 +21,14 @@ from torch.nn import functional as F
 
 
 class Outputs(NamedTuple):
-    """Network outputs, float32: flows (B, 2, H, W) = 5 x unit flow (Y, X); logits (B, H, W)."""
+    """Network outputs, float32: flows (B, 2, H, W) = 5 x unit flow (Y, X); logits (B, H, W).
+
+    nucleus_outline: (B, 4, H, W), the nucleus logit of each quarter of a pixel (`F.pixel_shuffle` puts them in place).
+    """
 
     nucleus_flow: Tensor
     nucleus_logit: Tensor
+    nucleus_outline: Tensor
     cell_flow: Tensor
     cell_logit: Tensor
 
@@ -74,7 +78,9 @@ class Trunk(nn.Module):
 class CompactNet(nn.Module):
     """The trunks and their heads.
 
-    nucleus: (B, 1, H, W), cytoplasm: (B, 2, H, W), normalised (0 background, 1 bright), sides multiples of 8.
+    nucleus: (B, 4, H, W), the four quarters of each pixel as `F.pixel_unshuffle` gives them: the trunks see their mean,
+        the outline head sees them all. A trunk at twice the scale would cost four times as much, and splits nuclei.
+    cytoplasm: (B, 2, H, W). Both normalised (0 background, 1 bright), sides multiples of 8.
     """
 
     def __init__(
@@ -85,24 +91,28 @@ class CompactNet(nn.Module):
         w, e = widths[0], evidence_widths[0]
         self.nucleus_trunk = Trunk(2, widths)
         self.nucleus_head = nn.Sequential(conv_unit(w, w), nn.Conv2d(w, 3, 1))
+        self.outline_head = nn.Sequential(conv_unit(w + 8, 24), nn.Conv2d(24, 4, 3, padding=1))
         self.evidence_trunk = Trunk(4, evidence_widths)
         self.evidence_head = nn.Sequential(conv_unit(e, e), nn.Conv2d(e, 1, 1))
         self.cell_trunk = Trunk(6, widths)
         self.cell_head = nn.Sequential(conv_unit(2 * w, w), nn.Conv2d(w, 2, 1))
 
-    def nuclei(self, nucleus: Tensor) -> tuple[Tensor, Tensor]:
-        """Flow (B, 2, H, W) and logit (B, H, W) of the nuclei alone, for images without cytoplasm channels."""
-        out = self.nucleus_head(self.nucleus_trunk(compress(nucleus))).float()
-        return out[:, :2], out[:, 2]
+    def nuclei(self, nucleus: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow (B, 2, H, W), logit (B, H, W) and outline (B, 4, H, W) of the nuclei, for images without cytoplasm."""
+        return self._nuclei(nucleus, self.nucleus_trunk(compress(nucleus.mean(1, keepdim=True))))
+
+    def _nuclei(self, nucleus: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.nucleus_head(features).float()
+        fine = self.outline_head(torch.cat([features, compress(nucleus)], 1)).float()
+        return out[:, :2], out[:, 2], out[:, 2:] + fine
 
     def forward(self, nucleus: Tensor, cytoplasm: Tensor) -> Outputs:
-        dna, bodies = compress(nucleus), compress(cytoplasm)
+        dna, bodies = compress(nucleus.mean(1, keepdim=True)), compress(cytoplasm)
         nuclear = self.nucleus_trunk(dna)
-        n = self.nucleus_head(nuclear).float()
         evidence = self.evidence_head(self.evidence_trunk(bodies)).float()
         # The nucleus trunk's features beside its own: what tells two nuclei apart tells their cells apart.
         flow = self.cell_head(torch.cat([self.cell_trunk(torch.cat([bodies, dna], 1)), nuclear], 1)).float()
-        return Outputs(n[:, :2], n[:, 2], flow, evidence[:, 0])
+        return Outputs(*self._nuclei(nucleus, nuclear), flow, evidence[:, 0])
 
 
 def compress(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Training images for the bundled segmenter: real masks, real nuclei with drawn bodies, composites, phantoms, noise.
 
-Every source yields `Sample`s at one scale (median nucleus `DIAMETER` px). A sample knows what it does not know:
-weights are zero where an annotation is missing (cells cut at the field's edge, bright unlabelled areas).
+Every source yields `Sample`s at one scale (median nucleus `DIAMETER` px; phantoms at their own, 35 px). A sample knows
+what it does not know: weights are zero where an annotation is missing (cells cut at the field's edge, bright unlabelled
+areas).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Sample:
     cells: np.ndarray
     nucleus_weight: np.ndarray
     cell_weight: np.ndarray
+    diameter: float = DIAMETER
 
 
 def stretch(channel: np.ndarray) -> np.ndarray:
@@ -279,7 +281,7 @@ def drop_slivers(labels: np.ndarray) -> np.ndarray:
 
 
 def phantoms(seed: int, n: int, size: int = 256) -> Iterator[Sample]:
-    """Drawn fields with exact masks, brought from the phantom's 35-px nuclei to `DIAMETER`."""
+    """Drawn fields with exact masks at their own resolution: what the outline head learns fine outlines from."""
     names = list(CLASSES)
     for i in range(n):
         rng = np.random.default_rng([seed, i])
@@ -295,9 +297,8 @@ def phantoms(seed: int, n: int, size: int = 256) -> Iterator[Sample]:
         )
         image, nuclei, cells = render_field(rng, (size, size), names[(i // 2) % len(names)], **wild)
         planes = np.stack([stretch(image[..., c].astype(np.float32)) for c in range(3)])
-        planes, (nuclei, cells) = rescale(planes, [nuclei, cells], DIAMETER / 35.0)
         one = np.ones(nuclei.shape, np.float32)
-        yield Sample("phantom", planes, nuclei, cells, one, one)
+        yield Sample("phantom", planes, nuclei, cells, one, one, 35.0)
 
 
 def noise(rng: np.random.Generator, size: int = 160) -> Sample:

@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sources
@@ -27,36 +28,81 @@ from torch.nn import functional as F
 from biorewards.segmentation.flow_targets import flows_from_masks
 from biorewards.segmentation.network import CompactNet
 
-CROP = 96
+#: Side of a training crop at the working scale, px: small, so that objects cut by the border are as common as in use.
+CROP = 64
 #: Median nucleus of a training crop before scale augmentation, px: the scale `CompactSegmenter` works at.
-WORKING_DIAMETER = 16.0
+WORKING_DIAMETER = 17.0
 #: Share of each source in a nucleus batch and in a joint batch (nuclei and cells).
 NUCLEUS_MIX = {"dsb2018": 0.6, "mnfinder": 0.2, "composite": 0.2}
-JOINT_MIX = {"phantom": 0.56, "drawn": 0.2, "jump": 0.09, "pediatric": 0.03, "mef": 0.05, "noise": 0.07}
+JOINT_MIX = {"phantom": 0.6, "drawn": 0.17, "jump": 0.09, "pediatric": 0.02, "mef": 0.05, "noise": 0.07}
 
 
-def pack(sample: sources.Sample) -> Tensor:
-    """(11, H, W) float16: actin, tubulin, DNA; then foreground, flow Y, flow X, weight for nuclei and for cells."""
-    planes = [torch.from_numpy(sample.image)]
-    for labels, weight in ((sample.nuclei, sample.nucleus_weight), (sample.cells, sample.cell_weight)):
-        tensor = torch.from_numpy(labels.astype(np.int32))[None]
-        flow = flows_from_masks(tensor)[0].float()
-        contact = torch.from_numpy(1.0 + 3.0 * contacts(labels)) * torch.from_numpy(weight)
-        planes += [(tensor > 0).float(), flow, contact[None]]
-    return torch.cat([p if p.ndim == 3 else p[None] for p in planes]).half()
+class Packed(NamedTuple):
+    """A stored sample: image (3, H, W) float16; labels (2, H, W) int16 of nuclei and cells; weight (2, H, W) uint8,
+    in halves; diameter of a nucleus, px."""
+
+    image: Tensor
+    labels: Tensor
+    weight: Tensor
+    diameter: float
 
 
-def contacts(labels: np.ndarray) -> np.ndarray:
-    """Pixels within 2 px of two different objects: where instances are won or lost."""
-    from scipy import ndimage
+class Crops(NamedTuple):
+    """A batch at twice the working scale, S = 2 x CROP: image (B, 3, S, S), labels and weight (B, 2, S, S), float32;
+    moved (B,) bool, whose DNA belongs to other cells, so that the flow of the cells is unknown."""
 
-    high = ndimage.maximum_filter(labels, 5)
-    low = -ndimage.maximum_filter(np.where(labels > 0, -labels, -(10**6)), 5)
-    return ((high != low) & (low < 10**6) & (high > 0)).astype(np.float32)
+    image: Tensor
+    labels: Tensor
+    weight: Tensor
+    moved: Tensor
+
+
+class Target(NamedTuple):
+    """What one head is held against: fine (B, S, S) foreground; then at the working scale foreground (B, CROP, CROP),
+    flow (B, 2, CROP, CROP), NaN where unknown, and weight (B, CROP, CROP)."""
+
+    fine: Tensor
+    foreground: Tensor
+    flow: Tensor
+    weight: Tensor
+
+
+def pack(sample: sources.Sample) -> Packed:
+    return Packed(
+        torch.from_numpy(sample.image).half(),
+        torch.from_numpy(np.stack([sample.nuclei, sample.cells]).astype(np.int16)),
+        torch.from_numpy(np.stack([sample.nucleus_weight, sample.cell_weight]) * 2).to(torch.uint8),
+        sample.diameter,
+    )
+
+
+def target_of(crops: Crops, which: int) -> Target:
+    """Targets of the nuclei (0) or cells (1), made from the labels of the crop.
+
+    An object cut by the crop's border flows to the centre of what is left of it: a centre beyond the border would have
+    its pixels end in several places along the border, each of them an object.
+    """
+    fine = (crops.labels[:, which] > 0).float()
+    labels = crops.labels[:, which, ::2, ::2]
+    flow = flows_from_masks(labels.int())
+    # A piece that the border has cut off from its object has no flow.
+    lost = (labels > 0) & (flow == 0).all(1)
+    if which == 1:
+        lost = lost | crops.moved[:, None, None]
+    flow = torch.where(lost[:, None], torch.nan, flow)
+    weight = F.avg_pool2d(crops.weight[:, which], 2) * (1 + 3 * contacts(labels))
+    return Target(fine, F.avg_pool2d(fine, 2), flow, weight)
+
+
+def contacts(labels: Tensor) -> Tensor:
+    """Pixels within 2 px of two different objects: where instances are won or lost. (B, H, W) float32."""
+    high = F.max_pool2d(labels, 5, 1, 2)
+    low = -F.max_pool2d(torch.where(labels > 0, -labels, -1e6), 5, 1, 2)
+    return ((high != low) & (high > 0)).float()
 
 
 def prepare(data: Path, cache: Path, seed: int, n_phantoms: int) -> None:
-    """Make every training sample once; `cache/samples.pt` holds kind -> list of packed tensors."""
+    """Make every training sample once; `cache/samples.pt` holds kind -> list of `Packed`."""
     cache.mkdir(parents=True, exist_ok=True)
     real = [*sources.dsb2018(data, "train"), *sources.mnfinder(data, "train")]
     rng = np.random.default_rng(seed)
@@ -66,24 +112,27 @@ def prepare(data: Path, cache: Path, seed: int, n_phantoms: int) -> None:
     samples += [sources.composite(rng, donors) for _ in range(600)]
     samples += [sources.noise(rng) for _ in range(80)]
     print(f"{len(samples)} samples; {n_phantoms} phantoms next", flush=True)
-    packed: dict[str, list[Tensor]] = {}
+    packed: dict[str, list[Packed]] = {}
     for i, sample in enumerate([*samples, *sources.phantoms(seed, n_phantoms)]):
         packed.setdefault(sample.kind, []).append(pack(sample))
         if i % 100 == 0:
             print(i, sample.kind, flush=True)
-    torch.save(packed, cache / "samples.pt")
+    torch.save({kind: [tuple(p) for p in items] for kind, items in packed.items()}, cache / "samples.pt")
     print({kind: len(items) for kind, items in packed.items()})
 
 
-def draw_crop(sample: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random window, turned, flipped and scaled: (11, CROP, CROP) float32, weight 0 outside the sample."""
-    height, width = sample.shape[-2:]
-    scale = float(np.clip(rng.lognormal(0, 0.3), 0.5, 2.0)) * WORKING_DIAMETER / sources.DIAMETER
+def draw_crop(sample: Packed, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A random window, turned, flipped and scaled: image, labels, weight as in `Crops`, weight 0 outside the sample."""
+    height, width = sample.image.shape[-2:]
+    side = 2 * CROP
+    scale = float(np.clip(rng.lognormal(0, 0.3), 0.5, 2.0)) * 2 * WORKING_DIAMETER / sample.diameter
     angle, flip = rng.uniform(0, 2 * math.pi), 1.0 if rng.random() < 0.5 else -1.0
+    if sample.diameter > sources.DIAMETER and rng.random() < 0.5:
+        angle = rng.integers(4) * math.pi / 2  # turned by other angles, exact outlines are resampled ones
     c, s = math.cos(angle) / scale, math.sin(angle) / scale
     # Source pixel = centre + M (output pixel - middle); columns of M are x then y.
     m = np.array([[c * flip, -s], [s * flip, c]])
-    reach = CROP / 2 / scale
+    reach = side / 2 / scale
     cx = rng.uniform(min(reach, width / 2), max(width - reach, width / 2))
     cy = rng.uniform(min(reach, height / 2), max(height - reach, height / 2))
     # Only the window that the turned crop can touch is converted: half its diagonal, and 2 px for interpolation.
@@ -93,96 +142,96 @@ def draw_crop(sample: Tensor, rng: np.random.Generator) -> Tensor:
     wide, high = x1 - x0, y1 - y0
     theta = np.array(
         [
-            [m[0, 0] * CROP / wide, m[0, 1] * CROP / wide, 2 * (cx - x0) / wide - 1],
-            [m[1, 0] * CROP / high, m[1, 1] * CROP / high, 2 * (cy - y0) / high - 1],
+            [m[0, 0] * side / wide, m[0, 1] * side / wide, 2 * (cx - x0) / wide - 1],
+            [m[1, 0] * side / high, m[1, 1] * side / high, 2 * (cy - y0) / high - 1],
         ]
     )
-    grid = F.affine_grid(torch.from_numpy(theta).float()[None], [1, 1, CROP, CROP], align_corners=False)
-    source = sample[None, :, y0:y1, x0:x1].float()
-    image = F.grid_sample(source[:, :3], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-    target = F.grid_sample(source[:, 3:], grid, mode="nearest", padding_mode="zeros", align_corners=False)[0]
-    # A flow is a displacement in source pixels: turn it back into output pixels (inverse of M, length kept).
-    inverse = np.linalg.inv(m)
-    inverse = torch.from_numpy(inverse / np.sqrt(abs(np.linalg.det(inverse)))).float()
-    for k in (1, 5):
-        y, x = target[k].clone(), target[k + 1].clone()
-        target[k] = inverse[1, 0] * x + inverse[1, 1] * y
-        target[k + 1] = inverse[0, 0] * x + inverse[0, 1] * y
-    return torch.cat([image, target])
+    grid = F.affine_grid(torch.from_numpy(theta).float()[None], [1, 1, side, side], align_corners=False)
+    window = (slice(None), slice(y0, y1), slice(x0, x1))
+    exact = torch.cat([sample.labels[window].float(), sample.weight[window].float() / 2])[None]
+    image = F.grid_sample(
+        sample.image[window].float()[None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    exact = F.grid_sample(exact, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0]
+    return image[0], exact[:2], exact[2:]
 
 
-def disturb(crops: Tensor, rng: np.random.Generator, joint: bool) -> Tensor:
-    """Photometric changes and lost channels, in place, for (B, 11, CROP, CROP)."""
-    b = len(crops)
+def disturb(crops: Crops, rng: np.random.Generator, joint: bool, blurred: float = 0.3) -> Crops:
+    """Photometric changes and lost channels; `blurred` is the share of crops that lose sharpness."""
+    image, labels, weight, moved = crops
+    b, side = len(image), image.shape[-1]
     random = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    image = crops[:, :3]
     pick = lambda p: torch.from_numpy(rng.random(b) < p)  # noqa: E731
     gain = torch.from_numpy(rng.lognormal(0, 0.3, (b, 3, 1, 1))).float()
     gamma = torch.from_numpy(rng.lognormal(0, 0.2, (b, 3, 1, 1))).float()
     offset = torch.from_numpy(rng.normal(0, 0.04, (b, 3, 1, 1))).float()
     image = torch.where(image > 0, image.clamp_min(1e-6) ** gamma, image) * gain + offset
-    ramp = torch.linspace(-1, 1, CROP)
+    ramp = torch.linspace(-1, 1, side)
     tilt = torch.from_numpy(rng.normal(0, 0.08, (b, 3, 2))).float()
     image = image * (1 + tilt[..., :1, None] * ramp[:, None] + tilt[..., 1:, None] * ramp)
-    if (blurred := pick(0.3)).any():
-        sigma = rng.uniform(0.4, 1.3)
-        taps = torch.exp(-(torch.arange(-4, 5).float() ** 2) / (2 * sigma**2))
+    if (soft_ones := pick(blurred)).any():
+        sigma = rng.uniform(0.6, 2.4)
+        taps = torch.exp(-(torch.arange(-7, 8).float() ** 2) / (2 * sigma**2))
         taps = taps / taps.sum()
-        soft = F.conv2d(image[blurred].flatten(0, 1)[:, None], taps.view(1, 1, 9, 1), padding=(4, 0))
-        soft = F.conv2d(soft, taps.view(1, 1, 1, 9), padding=(0, 4))
-        image[blurred] = soft.view(-1, 3, CROP, CROP)
-    noisy = torch.from_numpy(np.where(rng.random((b, 3)) < 0.6, rng.exponential(0.03, (b, 3)), 0)).float()[
-        ..., None, None
-    ]
-    image = image + noisy * torch.randn(image.shape, generator=random)
+        soft = F.conv2d(image[soft_ones].flatten(0, 1)[:, None], taps.view(1, 1, 15, 1), padding=(7, 0))
+        soft = F.conv2d(soft, taps.view(1, 1, 1, 15), padding=(0, 7))
+        image[soft_ones] = soft.view(-1, 3, side, side)
+    level = torch.from_numpy(np.where(rng.random((b, 3)) < 0.6, rng.exponential(0.05, (b, 3)), 0)).float()
+    image = image + level[..., None, None] * torch.randn(image.shape, generator=random)
     if joint:
         swap = pick(0.3)
         image[swap] = image[swap][:, [1, 0, 2]]
         lone = pick(0.12)  # one cytoplasm channel only, in the first place
         image[lone, 1] = 0
         none = pick(0.06)  # a nucleus without cytoplasm evidence is no cell
-        image[none, :2] = 0.02 * torch.randn(image[none, :2].shape, generator=random)
-        crops[none, 7:10] = 0
-        crops[none, 10] = crops[none, 10].clamp(max=1)
+        image[none, :2] = 0.03 * torch.randn(image[none, :2].shape, generator=random)
+        labels[none, 1] = 0
         lost = pick(0.12) & ~none  # no DNA: cells must be told apart by the cytoplasm
         image[lost, 2] = 0.0
-        crops[lost, 3:6] = 0
+        labels[lost, 0] = 0
         moved = pick(0.05) & ~none & ~lost  # DNA that belongs to other cells: the cell foreground stays what it is
-        turned = [2, 3, 4, 5, 6]
-        crops[:, :3] = image
-        crops[moved] = crops[moved].index_copy(
-            1, torch.tensor(turned), torch.roll(crops[moved][:, turned], (CROP // 2, CROP // 3), (2, 3))
-        )
-        crops[moved, 8:10] = float("nan")  # to whom the pixels belong is unknown: no flow loss
-        image = crops[:, :3].clone()
-    crops[:, :3] = image
-    return crops
+        shift = (side // 2, side // 3)
+        image[moved, 2] = torch.roll(image[moved, 2], shift, (1, 2))
+        for plane in (labels, weight):
+            plane[moved, 0] = torch.roll(plane[moved, 0], shift, (1, 2))
+    return Crops(image, labels, weight, moved)
 
 
-def make_batch(samples: dict[str, list[Tensor]], step: int, seed: int, joint: bool, size: int) -> Tensor:
-    """The batch of a step: a pure function of (seed, step), so that a resumed run sees the same crops."""
+def make_batch(samples: dict[str, list[Packed]], step: int, seed: int, joint: bool, size: int) -> list[Tensor]:
+    """The batch of a step: the image (B, 3, S, S), then the fields of one `Target` for nuclei, of another for cells.
+
+    A pure function of (seed, step), so that a resumed run sees the same crops.
+    """
     rng = np.random.default_rng([seed, step])
     mix = {k: p for k, p in (JOINT_MIX if joint else NUCLEUS_MIX).items() if samples.get(k)}
     kinds = rng.choice(list(mix), size, p=np.array(list(mix.values())) / sum(mix.values()))
-    return disturb(
-        torch.stack([draw_crop(samples[k][int(rng.integers(len(samples[k])))], rng) for k in kinds]), rng, joint
-    )
+    drawn = [draw_crop(samples[k][int(rng.integers(len(samples[k])))], rng) for k in kinds]
+    image, labels, weight = (torch.stack(planes) for planes in zip(*drawn, strict=True))
+    crops = disturb(Crops(image, labels, weight, torch.zeros(size, dtype=torch.bool)), rng, joint)
+    targets = [target_of(crops, which) for which in ((0, 1) if joint else (0,))]
+    return [crops.image, *(field for target in targets for field in target)]
 
 
-def losses(flow: Tensor, logit: Tensor, target: Tensor) -> Tensor:
-    """Cellpose's loss with weights: MSE to 5 x flow (halved) and binary cross-entropy. target (B, 4, H, W)."""
-    weight = target[:, 3]
-    wanted = 5 * target[:, 1:3]
+def losses(flow: Tensor, logit: Tensor, target: Target, outline: Tensor | None = None) -> Tensor:
+    """Cellpose's loss with weights: MSE to 5 x flow (halved) and binary cross-entropy, at the fine scale as well.
+
+    outline: (B, 4, CROP, CROP), logits of the quarters of each pixel.
+    """
+    wanted = 5 * target.flow
     known = ~torch.isnan(wanted).any(1)
     square = torch.where(known, (flow - wanted.nan_to_num()).square().sum(1), torch.zeros(())) / 2
-    entropy = F.binary_cross_entropy_with_logits(logit, target[:, 0], reduction="none")
-    return (weight * (square / 2 + entropy)).sum() / weight.sum().clamp_min(1)
+    entropy = F.binary_cross_entropy_with_logits(logit, target.foreground, reduction="none")
+    if outline is not None:
+        quarters = F.pixel_unshuffle(target.fine[:, None], 2)
+        entropy = entropy + F.binary_cross_entropy_with_logits(outline, quarters, reduction="none").mean(1)
+    return (target.weight * (square / 2 + entropy)).sum() / target.weight.sum().clamp_min(1)
 
 
 def fit(
     cache: Path, steps: int, seed: int, out: Path, rate: float, sizes: tuple[int, int], begin_with: Path | None
 ) -> None:
-    samples = torch.load(cache / "samples.pt", weights_only=True)
+    stored = torch.load(cache / "samples.pt", weights_only=True, mmap=True)
+    samples = {kind: [Packed(*item) for item in items] for kind, items in stored.items()}
     torch.manual_seed(seed)
     net = CompactNet().to(memory_format=torch.channels_last)
     if begin_with is not None:
@@ -203,30 +252,29 @@ def fit(
         begin = state["step"]
         print(f"resuming at step {begin}", flush=True)
 
-    batches: queue.Queue[Tensor] = queue.Queue(4)
+    batches: queue.Queue[list[Tensor]] = queue.Queue(4)
 
     def produce() -> None:
         for step in range(begin, steps):
-            joint = step % 2 == 1
+            joint = step % 3 > 0
             batches.put(make_batch(samples, step, seed, joint, sizes[joint]))
 
     threading.Thread(target=produce, daemon=True).start()
     log, running, clock = out.with_suffix(".log.jsonl").open("a"), {"nucleus": [], "joint": []}, time.time()
     net.train()
     for step in range(begin, steps):
-        batch = batches.get().to(memory_format=torch.channels_last)
-        joint = step % 2 == 1
+        image, *planes = batches.get()
+        joint = step % 3 > 0
+        nucleus = F.pixel_unshuffle(image[:, 2:], 2).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             if joint:
-                out_ = net(batch[:, 2:3], batch[:, :2])
+                bodies = F.avg_pool2d(image[:, :2], 2).to(memory_format=torch.channels_last)
+                n_flow, n_logit, n_outline, c_flow, c_logit = net(nucleus, bodies)
             else:
-                nucleus_flow, nucleus_logit = net.nuclei(batch[:, 2:3])
+                n_flow, n_logit, n_outline = net.nuclei(nucleus)
+        loss = losses(n_flow, n_logit, Target(*planes[:4]), n_outline)
         if joint:
-            loss = losses(out_.nucleus_flow, out_.nucleus_logit, batch[:, 3:7]) + losses(
-                out_.cell_flow, out_.cell_logit, batch[:, 7:11]
-            )
-        else:
-            loss = losses(nucleus_flow, nucleus_logit, batch[:, 3:7])
+            loss = loss + losses(c_flow, c_logit, Target(*planes[4:]))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
@@ -288,4 +336,4 @@ if __name__ == "__main__":
         prepare(args.data, args.cache, args.seed, args.phantoms)
     else:
         torch.set_num_threads(args.threads)
-        fit(args.cache, args.steps, args.seed, args.out, args.rate, (20, 14), args.begin_with)
+        fit(args.cache, args.steps, args.seed, args.out, args.rate, (40, 28), args.begin_with)
