@@ -29,6 +29,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED = ("bbbc021", "phantom")
 #: The statistic of a class stands on at least this many real images, else all treated classes are pooled.
 MIN_IMAGES = 20
+#: What networks compute in; see `Assay.with_precision`.
+PRECISIONS = ("float32", "bfloat16")
 #: Row of `statistics` that pools every class but the control.
 TREATED = "(treated)"
 #: Floors of the standard deviation: half an object for counts, 2 % of the mean for everything else. A class whose
@@ -66,6 +68,7 @@ class Assay:
     classifier: Classifier | None = None
     segmenter: Segmenter | None = None
     fingerprint: str = ""
+    precision: str = "float32"
 
     @property
     def n_channels(self) -> int:
@@ -98,6 +101,23 @@ class Assay:
         changed = replace(self, segmenter=segmenter, segmenter_name=segmenter.name)
         return replace(changed, fingerprint=_digest([self.fingerprint, segmenter.fingerprint]))
 
+    def with_precision(self, precision: str) -> Assay:
+        """The same assay with its networks in "float32" or "bfloat16" (autocast: convolutions only).
+
+        Faster where the processor has it. Scores move a little, so the fingerprint is another. Raises ValueError for
+        any other name.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+        if precision == self.precision:
+            return self
+        changed = self.fingerprint.split("-")[0] + ("" if precision == "float32" else f"-{precision}")
+        return replace(self, precision=precision, fingerprint=changed)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context that networks run in."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
     def normalised(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> the roles' channels on the assay's fixed range (0 background, 1 bright)."""
         low = torch.zeros(self.n_channels, device=images.device)
@@ -115,7 +135,15 @@ class Assay:
         scaled = self.normalised(images)
         cytoplasm = [self.channels[role] for role in ("actin", "tubulin") if role in self.channels]
         nucleus = scaled[:, self.channels["dna"]] if "dna" in self.channels else None
-        return self.segmenter(nucleus, scaled[:, cytoplasm] if cytoplasm else None, self.nucleus_diameter)
+        with self.autocast(images.device):
+            return self.segmenter(nucleus, scaled[:, cytoplasm] if cytoplasm else None, self.nucleus_diameter)
+
+    def class_probabilities(self, images: Tensor) -> Tensor | None:
+        """(B, n) calibrated probabilities over the classifier's own classes, or None without a classifier."""
+        if self.classifier is None:
+            return None
+        with self.autocast(images.device):
+            return self.classifier(self.normalised(images))
 
     @cached_property
     def _references(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -166,7 +194,7 @@ class Assay:
         write_table(folder / "statistics.parquet", self.statistics)
         if self.classifier is not None:
             self.classifier.save(folder / "classifier.safetensors")
-        skip = {"statistics", "classifier", "segmenter", "fingerprint"}
+        skip = {"statistics", "classifier", "segmenter", "fingerprint", "precision"}
         fields = {
             k: v
             for k, v in asdict(replace(self, statistics=pd.DataFrame(), classifier=None, segmenter=None)).items()

@@ -74,8 +74,7 @@ class Batch:
     @cached_property
     def class_probabilities(self) -> Tensor | None:
         """(B, n) calibrated probabilities over the classifier's own classes; None when the assay has no classifier."""
-        classifier = self.assay.classifier
-        return None if classifier is None else classifier(self.assay.normalised(self.images))
+        return self.assay.class_probabilities(self.images)
 
     @property
     def nuclei(self) -> Tensor:

@@ -40,7 +40,17 @@ class Classifier:
         self.fingerprint = fingerprint
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(images.contiguous(memory_format=torch.channels_last)).float()
+        return self.judge(self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to the (B, D) pooled features that the last layer decides by."""
+        maps = self.net.forward_features(images.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+        pooled: Tensor = self.net.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        return pooled
+
+    def judge(self, embedding: Tensor) -> Tensor:
+        """(B, D) of `embed` to (B, n) probabilities."""
+        logits: Tensor = self.net.get_classifier()(embedding).float()  # type: ignore[operator]
         return torch.softmax(logits / self.temperature, 1)
 
     def to(self, device: torch.device | str) -> Classifier:

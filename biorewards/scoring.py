@@ -12,9 +12,10 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +54,29 @@ __all__ = ["Scored", "bad_rows", "score_folder", "summarise"]
 
 #: progress(rows done, rows)
 Progress = Callable[[int, int], None]
+#: Rows and images of one shape that are judged together.
+_Group = list[tuple[int, FloatImage]]
+
+
+class Features(Protocol):
+    """What else is kept of every image: a batch to (B, width) float32. Asked before the suite, with the same batch."""
+
+    width: int
+    fingerprint: str
+
+    def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class Scored(NamedTuple):
-    """scores: one row an image, in input order. objects: one row a nucleus or cell, or None. notes: on labels."""
+    """scores: one row an image, in input order. objects: one row a nucleus or cell, or None. notes: on labels.
+
+    features: (N, width) float32 in input order, width 0 when none were asked for.
+    """
 
     scores: pd.DataFrame
     objects: pd.DataFrame | None
     notes: list[str]
+    features: npt.NDArray[np.float32]
 
 
 def score_folder(
@@ -73,6 +89,7 @@ def score_folder(
     workers: int = 4,
     device: torch.device | str = "cpu",
     objects: bool = False,
+    features: Features | None = None,
     resume_dir: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -81,7 +98,8 @@ def score_folder(
 
     reader: how files are read (`plan_reading`); default: the folder's own word, else the assay's order and pixel.
     batch_size: images of up to 128 x 128 px a batch; larger images come in smaller batches.
-    workers: threads that decode. objects: also make the table of nuclei and cells.
+    workers: threads that decode. objects: also make the table of nuclei and cells. features: what else to keep of
+        every image, computed from the same batches.
     resume_dir: folder for finished parts, kept when the run stops early; `resume` goes on from it. The caller
         discards it once the tables are safe.
 
@@ -94,7 +112,7 @@ def score_folder(
     reader = plan_reading(manifest, assay) if reader is None else reader
     targets = assign_targets(manifest.table, assay.classes, assay.compounds)
     assay.to(device)
-    judge = _Judge(assay, suite, torch.from_numpy(targets.target), torch.device(device), objects)
+    judge = _Judge(assay, suite, torch.from_numpy(targets.target), torch.device(device), objects, features)
     journal = None
     parts: list[Part] = []
     if resume_dir is not None:
@@ -105,6 +123,7 @@ def score_folder(
             "batch_size": batch_size,
             "device": str(device),
             "objects": objects,
+            "features": "" if features is None else features.fingerprint,
         }
         journal = Journal(resume_dir, settings, resume=resume)
         parts += journal.parts
@@ -124,7 +143,8 @@ def score_folder(
             journal.flush()
     whole = join(parts)
     table = score_table(targets.table, whole, assay, suite)
-    return Scored(table, object_table(targets.table, whole.objects) if objects else None, targets.notes)
+    found = object_table(targets.table, whole.objects) if objects else None
+    return Scored(table, found, targets.notes, whole.features[np.argsort(whole.rows, kind="stable")])
 
 
 def _decoded(
@@ -167,6 +187,11 @@ class _Judge:
     target: Tensor
     device: torch.device
     objects: bool
+    features: Features | None = None
+
+    @property
+    def width(self) -> int:
+        return 0 if self.features is None else self.features.width
 
     def __call__(self, rows: list[int], images: FloatImage) -> Part:
         """Judge images (B, C, H, W), of which the first len(rows) are wanted and the rest are filling."""
@@ -174,19 +199,65 @@ class _Judge:
         target[: len(rows)] = self.target[rows]
         with torch.inference_mode():
             batch = Batch(torch.from_numpy(images).to(self.device), target.to(self.device), self.assay)
+            kept = np.zeros((len(rows), 0), np.float32)
+            if self.features is not None:
+                kept = self.features(batch)[: len(rows)].float().cpu().numpy()
             values = value_array(self.suite(batch), len(rows))
             regions = (batch.nucleus_regions, batch.cell_regions) if self.objects else None
             objects = object_array(regions, torch.tensor(rows)) if regions else no_objects()
-        return Part(np.array(rows), np.full(len(rows), ""), values, objects)
+        return Part(np.array(rows), np.full(len(rows), ""), values, objects, kept)
 
 
 def _judged(judge: _Judge, images: Iterator[tuple[int, FloatImage | ImageError]], batch_size: int) -> Iterator[Part]:
-    """Parts of the result: images of one shape in batches of one size, bad rows as they come."""
-    pending: dict[tuple[int, ...], list[tuple[int, FloatImage]]] = {}
+    """Parts of the result: images of one shape in batches of one size, bad rows as they come.
+
+    On a CPU every thread that torch may use judges a batch of its own: hundreds of small operations a batch divide
+    badly over threads.
+    """
+    judges = torch.get_num_threads() if judge.device.type == "cpu" else 1
+    with _judging(judge, judges) as submit:
+        working: deque[Future[Part]] = deque()
+        for found in _groups(judge, images, batch_size):
+            if isinstance(found, Part):
+                yield found
+                continue
+            working.append(submit(found, batch_size))
+            if judges == 1 or len(working) > judges:
+                yield working.popleft().result()
+        while working:
+            yield working.popleft().result()
+
+
+@contextmanager
+def _judging(judge: _Judge, judges: int) -> Iterator[Callable[[_Group, int], Future[Part]]]:
+    """A function that starts judging a group: at once with one judge, else in a pool of threads of one core each."""
+    if judges == 1:
+
+        def at_once(group: _Group, batch_size: int) -> Future[Part]:
+            done: Future[Part] = Future()
+            done.set_result(_judge_group(judge, group, batch_size))
+            return done
+
+        yield at_once
+        return
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(judges, thread_name_prefix="judge")
+    try:
+        yield lambda group, batch_size: pool.submit(_judge_group, judge, group, batch_size)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(judges)
+
+
+def _groups(
+    judge: _Judge, images: Iterator[tuple[int, FloatImage | ImageError]], batch_size: int
+) -> Iterator[_Group | Part]:
+    """What may be judged together, in the order in which batches fill; rows that cannot be read as parts."""
+    pending: dict[tuple[int, ...], _Group] = {}
     held = 0
     for row, image in images:
         if isinstance(image, ImageError):
-            yield unread(row, image.message, judge.suite)
+            yield unread(row, image.message, judge.suite, judge.width)
             continue
         group = pending.setdefault(image.shape, [])
         group.append((row, image))
@@ -196,12 +267,11 @@ def _judged(judge: _Judge, images: Iterator[tuple[int, FloatImage | ImageError]]
             shape = image.shape if full else max(pending, key=lambda one: _bytes(pending[one]))
             ready = pending.pop(shape)
             held -= _bytes(ready)
-            yield _judge_group(judge, ready, batch_size)
-    for ready in pending.values():
-        yield _judge_group(judge, ready, batch_size)
+            yield ready
+    yield from pending.values()
 
 
-def _judge_group(judge: _Judge, group: list[tuple[int, FloatImage]], batch_size: int) -> Part:
+def _judge_group(judge: _Judge, group: _Group, batch_size: int) -> Part:
     shape = group[0][1].shape
     images = np.zeros((_batch_length(shape, batch_size), *shape), dtype=np.float32)
     for place, (_, image) in enumerate(group):
@@ -213,7 +283,7 @@ def _batch_length(shape: tuple[int, ...], batch_size: int) -> int:
     return max(1, min(batch_size, batch_size * BATCH_PIXELS // (shape[-2] * shape[-1])))
 
 
-def _bytes(group: list[tuple[int, FloatImage]]) -> int:
+def _bytes(group: _Group) -> int:
     return sum(image.nbytes for _, image in group)
 
 

@@ -33,13 +33,15 @@ class Part(NamedTuple):
 
     rows: (n,) int64. errors: (n,) text, "" for a file that was read. values: (n, K) float32, columns as
     `value_columns`; reasons by their number. objects: (m, 10) float64, `OBJECT_FIELDS` (image = table row) and
-    `OBJECT_MEASURES`; m = 0 when objects are not collected.
+    `OBJECT_MEASURES`; m = 0 when objects are not collected. features: (n, D) float32, what `score_folder` was asked to
+    keep of every image; D = 0 for nothing, NaN for a file that was not read.
     """
 
     rows: npt.NDArray[np.int64]
     errors: npt.NDArray[np.str_]
     values: npt.NDArray[np.float32]
     objects: npt.NDArray[np.float64]
+    features: npt.NDArray[np.float32]
 
 
 def join(parts: Iterable[Part]) -> Part:
@@ -80,10 +82,11 @@ def no_objects() -> npt.NDArray[np.float64]:
     return np.zeros((0, len(OBJECT_FIELDS) + len(OBJECT_MEASURES)))
 
 
-def unread(row: int, message: str, suite: Suite) -> Part:
+def unread(row: int, message: str, suite: Suite, width: int = 0) -> Part:
     """The part of one row whose file cannot be used."""
     values = [float(Reason.BAD_IMAGE) if name.startswith("Reason_") else np.nan for name in value_columns(suite)]
-    return Part(np.array([row]), np.array([message]), np.array([values], dtype=np.float32), no_objects())
+    nothing = np.full((1, width), np.nan, dtype=np.float32)
+    return Part(np.array([row]), np.array([message]), np.array([values], dtype=np.float32), no_objects(), nothing)
 
 
 def score_table(known: pd.DataFrame, found: Part, assay: Assay, suite: Suite) -> pd.DataFrame:

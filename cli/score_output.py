@@ -15,6 +15,7 @@ from rich.table import Table
 from biorewards.assay import Assay
 from biorewards.io.manifest import Manifest
 from biorewards.io.reading import Reader
+from biorewards.memory import free_bytes
 from biorewards.reward import Reason, Suite
 
 #: Why a value is missing, in the words of the summary.
@@ -26,7 +27,7 @@ MISSING = {
 }
 
 
-def first_line(ctx: click.Context, found: Manifest, assay: Assay, reader: Reader, device: str) -> str:
+def first_line(ctx: click.Context, found: Manifest, assay: Assay, reader: Reader, device: str, batch: int) -> str:
     """Assay, channel roles, intensity range and pixel size, where each comes from, and how to change it."""
     given, hints = ctx.params, found.hints
     origin = "given" if given["assay_name"] else "named by the folder" if hints.assay else "default"
@@ -49,7 +50,8 @@ def first_line(ctx: click.Context, found: Manifest, assay: Assay, reader: Reader
     return (
         f"{len(found)} images; assay {assay.name} ({origin}; --assay), channels {roles} ({by}; --channels), "
         f"intensity {counts} (--intensity-range LO,HI), pixel {pixel} ({scale}; --pixel-size UM); "
-        f"{assay.segmenter_name} segmenter on {device}"
+        f"{assay.segmenter_name} segmenter on {device}, {assay.precision}, batches of {batch} "
+        f"({'given' if given['batch_size'] else f'{free_bytes(device) / 2**30:.1f} GiB free'}; --batch-size)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,12 @@ def test_a_folder_gives_a_table_a_summary_and_a_first_line(
     assert run(["score", str(folder), "--assay", str(assay_dir), "--out", str(out)]) == 0
     said = capsys.readouterr()
     first = said.out.splitlines()[0]
-    assert first == (
+    wanted = re.escape(
         "20 images; assay plain (given; --assay), channels actin=0, tubulin=1, dna=2 (assay's order; --channels), "
         "intensity full range of the files' integers (--intensity-range LO,HI), pixel 0.32 um (the assay's; "
-        "--pixel-size UM); classical segmenter on cpu"
+        "--pixel-size UM); classical segmenter on cpu, float32, batches of 16 ("
     )
+    assert re.fullmatch(wanted + r"\d+\.\d GiB free; --batch-size\)", first), first
     scores = read_table(out)
     assert len(scores) == 20 and scores["Reason_nucleus_count"].value_counts()["NO_TARGET"] == 4
     assert scores["Reward_nucleus_in_cytoplasm"].notna().all(), "the label-free reward needs no label"
