@@ -472,3 +472,28 @@ def test_scores_do_not_depend_on_file_format_or_integer_width(
     ]  # fmt: skip
     for other in tables[1:]:
         np.testing.assert_allclose(other, tables[0], atol=1e-5, rtol=1e-5)
+
+
+def test_two_batches_are_judged_at_the_same_time(tmp_path: Path, threads: Callable[[int], None]) -> None:
+    """Each of two batches waits, inside the segmenter, for the other: a lock anywhere around it would never let go."""
+    meeting = threading.Barrier(2, timeout=30)
+    plain = assay()
+
+    class Meeting:
+        name = fingerprint = "meeting"
+
+        def to(self, device: object) -> Meeting:
+            return self
+
+        def __call__(self, nucleus: torch.Tensor, cytoplasm: torch.Tensor, diameter: float) -> object:
+            meeting.wait()
+            assert plain.segmenter is not None
+            return plain.segmenter(nucleus, cytoplasm, diameter)
+
+    threads(2)
+    folder = write_crops(tmp_path / "crops", 8)
+    both = replace(plain, segmenter=Meeting())  # type: ignore[arg-type]
+    found = score_folder(folder, both, suite(both), batch_size=4).scores
+    alone = score_folder(folder, plain, suite(plain), batch_size=4).scores
+    columns = [name for name in alone if name.startswith("Reward_")]
+    pd.testing.assert_frame_equal(found[columns], alone[columns], check_exact=True)
