@@ -1,0 +1,83 @@
+"""What the audit's page says about its quantities, and the sentences that it opens with."""
+
+from __future__ import annotations
+
+from biorewards.audit.models import Audit, Flag
+from biorewards.audit.opinion import Opinion
+from biorewards.report.wording import number, wording
+
+#: metric -> title, what it is
+METRICS = {
+    "gap": ("Gap to real", "weighted distance of the seven mean rewards from those of real images: Σ weight · |u − r|"),
+    "moa_accuracy": ("MoA accuracy", "share of images whose likeliest class is the one asked for"),
+    "moa_macro_f1": ("MoA macro F1", "mean F1 over classes"),
+    "frechet": ("Fréchet distance", "to the reference images in the encoder's features, at equal numbers; no FID"),
+    "kernel": ("Kernel distance", "unbiased MMD² with KID's kernel in the encoder's features; no KID"),
+    "precision": ("Precision", "share of images inside the neighbourhood of a reference image"),
+    "recall": ("Recall", "share of reference images inside the neighbourhood of an image"),
+    "density": ("Density", "neighbourhoods of reference images that an image lies in, over 5"),
+    "coverage": ("Coverage", "share of reference images whose neighbourhood holds an image"),
+    "diversity": ("Diversity", "spread of the features within conditions, over that of held-out real images"),
+    "train_distance": ("Distance to nearest", "to the nearest reference image, over that of held-out real images"),
+    "worst_share": ("At a worst value", "share of images with any reward at its worst: nothing found, or |z| ≥ 5"),
+    "near_copies": ("Near-copies of reference", "share of images whose thumbnail is that of a reference image"),
+    "duplicates": ("Near-copies of each other", "share of images whose thumbnail is that of another of the model"),
+    "leaked": ("Near-copies of held-out", "share of images whose thumbnail is that of a held-out image"),
+    "control_copies": ("Near-copies of controls", "share of treated images whose thumbnail is that of a control"),
+}
+VARIETY = ("precision", "recall", "density", "coverage", "diversity", "train_distance")
+COPIES = ("near_copies", "leaked", "duplicates", "control_copies", "worst_share")
+SHARES = (*COPIES, "moa_accuracy", "precision", "recall", "coverage")
+
+
+def title(metric: str) -> str:
+    """Name of a metric for a reader."""
+    if metric.startswith("spread_ratio_"):
+        return wording(metric.removeprefix("spread_ratio_"), None).title
+    if metric.startswith("worst_") and metric not in METRICS:
+        return f"At worst: {wording(metric.removeprefix('worst_'), None).title.lower()}"
+    return METRICS[metric][0] if metric in METRICS else wording(metric, None).title
+
+
+def said(flag: Flag) -> str:
+    """A flag in words."""
+    return " ".join([flag.text, ", ".join(title(name).lower() for name in flag.metrics)]).strip()
+
+
+def fine(value: float | None) -> str:
+    """`number`, with three decimals below 0.1: kernel distances are small."""
+    if value is None or not 0.0005 <= abs(value) < 0.1:
+        return number(value)
+    return f"{value:.3f}".replace("-", "−")
+
+
+def sentences(audit: Audit, opinion: Opinion | None) -> list[tuple[str, str]]:
+    """The page's first lines: (kind, text), kind "" or "warn"."""
+    out = [("", _ranking(audit))]
+    for row in audit.models:
+        value, ranked = float(row.draws["gap"][0]), audit.places[row.name].best is not None
+        if ranked and value <= audit.floor:
+            chance = f"its gap of {number(value)} is within what real images show by chance ({number(audit.floor)})"
+            out.append(("", f"{row.name} cannot be told from real images by these rewards: {chance}."))
+        if flags := audit.flags[row.name]:
+            out.append(
+                ("warn", f"{row.name}: {'; '.join(said(flag) for flag in flags)}.{' Not ranked.' * (not ranked)}")
+            )
+    if opinion is not None:
+        against = [c for c in opinion.changes if c.first and c.second == -c.first]
+        if against:
+            pairs = "; ".join(f"{c.a} and {c.b} in {title(c.reward).lower()}" for c in against)
+            out.append(("warn", f"The {opinion.name} segmenter reverses the order of {pairs}."))
+        else:
+            out.append(("", f"The {opinion.name} segmenter reverses no order that the first one settles."))
+    return out
+
+
+def _ranking(audit: Audit) -> str:
+    placed = {name: place for name, place in audit.places.items() if place.best is not None}
+    if not placed:
+        return "No model is ranked."
+    parts = []
+    for name, place in sorted(placed.items(), key=lambda pair: (pair[1].best or 0, pair[1].worst or 0)):
+        parts.append(f"{name} {place.best if place.best == place.worst else f'{place.best} to {place.worst}'}")
+    return f"Rank by gap to real images, as far as the intervals settle it: {', '.join(parts)}."
