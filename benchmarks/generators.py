@@ -1,9 +1,9 @@
-"""What sampling costs beside bare network passes, and what the fast path saves: `python benchmarks/generators.py`.
+"""What sampling costs beside bare network passes, and what the fast path saves: `python -m benchmarks.generators`.
 
 Guided sampling of a batch of B needs, at every velocity call, the network with and without compound. It is compared
 with just that: as many bare passes of the same network on a batch of B, taken in turn; CPU time of one thread (wall
 time on a GPU), best of `--repeats`. The bar: at most 1.1 times. Two networks: the bundled mini CellFlux at 48 px, and
-one of the published width (mult 2,2,2 of 128, one block a level) at 32 px.
+one of the published width (mult 2,2,2 of 128, one block a level) at 16 px.
 
 The fast path (bfloat16, channels_last, torch.compile) is timed by images a second of guided sampling, with the largest
 difference of its images from the plain ones in 8-bit levels. `--compile` takes minutes of compiling on a CPU.
@@ -121,7 +121,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "guided sampling / bare passes": [
             {"network": name, **overhead(model.to(args.device), side, batch, args.repeats)}
-            for name, model, side, batch in (("mini", mini, 48, args.batch), ("published width", wide, 32, 2))
+            for name, model, side, batch in (("mini", mini, 48, args.batch), ("published width", wide, 16, 2))
         ],
         "fast path": fast_paths(mini, 48, args.batch, args.repeats, args.compile),
         "machine": {"device": args.device, "processor": processor(), "torch": torch.__version__,

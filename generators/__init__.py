@@ -50,5 +50,9 @@ def load(name: str, checkpoint: str | os.PathLike[str], **options: Any) -> Gener
     anything = any(p.kind is p.VAR_KEYWORD for p in takes)
     if not anything and (unknown := sorted(set(given) - set(known))):
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has: {', '.join(known)}")
-    generator: Generator = loader(checkpoint, **given)
+    try:
+        generator: Generator = loader(checkpoint, **given)
+    except TypeError as error:
+        values = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{name}: an option has a value of the wrong kind ({values}): {error}") from error
     return generator

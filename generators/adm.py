@@ -223,10 +223,10 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, width % 2))
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> AdmConfig:
+def infer_config(shapes: Mapping[str, tuple[int, ...]], groups: int = GROUPS, dropout: float = 0.3) -> AdmConfig:
     """The configuration from the shapes of a state dict. Raises ValueError naming the key that does not fit.
 
-    One attention head, as in every published network: shapes do not tell the number of heads.
+    groups, dropout: shapes do not tell them. Nor the number of heads: one, as in every published network.
     """
 
     def shape(key: str, dims: int) -> tuple[int, ...]:
@@ -262,4 +262,4 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> AdmConfig:
             attention.append(2**level)
     if first != mult[0] * width:
         raise ValueError(f"input_blocks.0.0.weight: width {first}, wanted {mult[0] * width}")
-    return AdmConfig(channels, condition, width, tuple(mult), blocks, tuple(attention))
+    return AdmConfig(channels, condition, width, tuple(mult), blocks, tuple(attention), dropout, groups)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -197,7 +197,7 @@ def _read_own(path: Path, weights: str | None) -> tuple[AdmNet, CompoundTable | 
         kept = {key: config[key] for key in ("weights", "fingerprints", "dequantise")}
         kept["sampling"] = {key: config["sampling"][key] for key in SAMPLING}
         kept["origin"] = Origin(**config["origin"])
-        hidden = {"dropout": float(config["net"]["dropout"]), "groups": int(config["net"].get("groups", GROUPS))}
+        groups, dropout = int(config["net"].get("groups", GROUPS)), float(config["net"]["dropout"])
         values = state.pop(TABLE) if "compounds" in config else None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its JSON is not whole ({type(error).__name__}: {error})") from None
@@ -206,23 +206,19 @@ def _read_own(path: Path, weights: str | None) -> tuple[AdmNet, CompoundTable | 
             f"{path}: holds the weights {kept['weights']!r}; convert the original file with weights={weights!r}"
         )
     table = None if values is None else CompoundTable(list(config["compounds"]), values, str(path))
-    return _network(state, path, hidden), table, kept
+    return _network(state, path, groups, dropout), table, kept
 
 
-def _network(state: Mapping[str, Any], path: Path, hidden: Mapping[str, Any] | None = None) -> AdmNet:
-    """The network that the shapes tell, filled. hidden: what shapes do not tell.
+def _network(state: Mapping[str, Any], path: Path, groups: int = GROUPS, dropout: float = 0.3) -> AdmNet:
+    """The network that the shapes tell, filled. groups, dropout: what they do not tell.
 
     It is made without memory first, so a wrong file costs nothing.
     """
     shapes = shapes_of(state, path)
     try:
-        config = infer_config(shapes)
+        config = infer_config(shapes, groups, dropout)
     except ValueError as error:
         raise CheckpointError(f"{path}: no CellFlux network: {error}") from None
-    try:
-        config = AdmConfig(**{**asdict(config), **(hidden or {})})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its JSON is not whole ({error})") from None
     with torch.device("meta"):
         net = AdmNet(config)
     fill(net.to_empty(device="cpu"), state, path)

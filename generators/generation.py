@@ -11,10 +11,12 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -112,15 +114,16 @@ def make_plan(
     table, mechanism = controls.table, _mechanisms(controls)
     lines: list[dict[str, Any]] = []
     rows: list[int] = []
+    folders = _folders(known or [])
     codes = [zlib.crc32(name.encode()) for name in names]
     orders = [np.random.default_rng([seed, code]).permutation(chosen) for code in codes]
     # The k-th image of every compound, then the next: a larger n only adds rows, and few compounds fill a batch, too.
     for k in range(n):
-        for name, folder, code, order in zip(names, _folders(names), codes, orders, strict=True):
+        for name, code, order in zip(names, codes, orders, strict=True):
             row = int(order[k % len(order)])
             rows.append(row)
             lines.append({
-                "file": f"{folder}/{k:05d}", "compound": name, "moa": mechanism.get(name, ""),
+                "file": f"{folders[name]}/{k:05d}", "compound": name, "moa": mechanism.get(name, ""),
                 "plate": table["Metadata_Plate"].iat[row], "well": "",
                 **{c.lower(): table[f"Metadata_{c}"].iat[row] for c in ("Batch", "Split") if f"Metadata_{c}" in table},
                 "control": table["Metadata_File"].iat[row],
@@ -138,16 +141,20 @@ def _mechanisms(manifest: Manifest) -> dict[str, str]:
     return dict(zip(named["Metadata_Compound"], named["Metadata_MoA"], strict=True))
 
 
-def _folders(names: Sequence[str]) -> list[str]:
-    """A folder name for each compound: its own, with a number where what is left of two is the same."""
-    taken: list[str] = []
-    for name in names:
-        plain = re.sub(r"[^\w+-]+", "_", name).strip("_") or "compound"
-        folder = (
-            plain if plain.casefold() not in map(str.casefold, taken) else f"{plain}_{zlib.crc32(name.encode()):08x}"
-        )
-        taken.append(folder)
-    return taken
+def _folders(names: Sequence[str]) -> dict[str, str]:
+    """A folder for each compound that a generator knows: its name, signs that files cannot have as %XX.
+
+    From the whole table and not from what is drawn now, so that a compound has one folder in every run. Names that a
+    file system may take for one, and long ones, have a checksum.
+    """
+    plain = {name: re.sub(r"^[.]", "%2E", quote(name, safe=" +(),;=")) for name in names}
+    often = Counter(folder.casefold() for folder in plain.values())
+    return {
+        name: f"{folder[:80]}~{zlib.crc32(name.encode()):08x}"
+        if often[folder.casefold()] > 1 or len(folder) > 120
+        else folder
+        for name, folder in plain.items()
+    }
 
 
 def generate(
@@ -159,7 +166,7 @@ def generate(
     Written: `generation.json` (everything that decides an image), `<compound>/<k>.png` (uint8; .npy for other than 1
     or 3 channels), `grid.png`, `biorewards.json` (assay, channels and pixel size of the controls) and `manifest.csv`.
     Raises ValueError where `out` was begun with other settings (it names them), FileExistsError where it holds
-    something else, ImageError for a control that cannot be read.
+    something else, ManifestError for a control that cannot be read, ValueError for images that are no numbers.
     """
     channels = generator.capabilities.channels
     suffix = ".png" if channels in (1, 3) else ".npy"
@@ -179,6 +186,8 @@ def generate(
                 control.to(device), list(table["compound"][these]), steps=steps,
                 generator=seeded(table["seed"][these].tolist()),
             )  # fmt: skip
+            if not bool(torch.isfinite(images).all()):
+                raise ValueError(f"{generator.name} drew NaN or infinity; its weights or settings are unusable")
             for file, image in zip(files[these], to_uint8(images.cpu(), generator.capabilities.floors), strict=True):
                 if not file.exists():
                     _write(file, image)

@@ -151,7 +151,7 @@ class Run:
         self.accelerator.backward(loss)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), s.clip or math.inf)
         if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
+            raise ValueError(
                 f"step {step + 1}: the gradient is {float(norm)}; the run in {self.out} is kept as it was last saved. "
                 "Start again with a lower rate, warm-up or clipping"
             )

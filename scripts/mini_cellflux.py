@@ -47,8 +47,8 @@ def main() -> None:
     pairs, validation = read_pairs(data), read_pairs(data, split="val")
     torch.manual_seed(SETTINGS.seed)
     generator = CellFlux.create(
-        compounds=pairs.names, width=32, mult=(1, 2, 3), blocks=1, attention=(4,), noise_level=0.5, guidance=0.5,
-        solver=Solver("heun2", "edm", 8),
+        compounds=pairs.names, width=32, mult=(1, 2, 3), blocks=1, attention=(4,), noise_level=0.5, guidance=1.0,
+        solver=Solver("euler", "edm", 16),
     )  # fmt: skip
     settings = Settings(**{**SETTINGS.__dict__, "steps": args.steps})
     run = Run(

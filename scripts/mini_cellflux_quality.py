@@ -23,9 +23,10 @@ import generators
 from biorewards.assay import Assay
 from biorewards.audit.results import table
 from biorewards.audit.run import audit_folders
-from biorewards.audit.samples import default_plan, subset, thin
+from biorewards.audit.samples import subset, thin
 from biorewards.io.images import resize
 from biorewards.io.manifest import Manifest, read_manifest
+from biorewards.io.reading import plan_reading
 from biorewards.rewards import suite
 from generators.base import seeded
 from generators.generation import generate, make_plan
@@ -131,7 +132,7 @@ def main() -> None:
     picture(args.work, samples, real)
     audited = audit_folders(
         assay, suite(assay), real, {"mini-cellflux": read_manifest(samples)}, controls=controls,
-        folder=args.work / "audit", plan=default_plan(assay),
+        folder=args.work / "audit", plan=lambda manifest: plan_reading(manifest, assay),
         progress=lambda what, done, of: print(f"{what} {done} of {of}", flush=True) if done in (of, of // 2) else None,
     )  # fmt: skip
     report(table(audited.audit), audited.about)
@@ -156,7 +157,10 @@ def report(found: Any, about: dict[str, Any]) -> None:
         per_class[metric] = part.round(4).to_dict("index")
         if metric != "moa_accuracy":
             nearer = part["mini-cellflux"] - part["real"] < 0.5 * (part["copy-control"] - part["real"])
-            print(f"less than half as far as copies: {int(nearer.sum())} of {len(part)} classes")
+            measured = int(part["mini-cellflux"].notna().sum())
+            print(
+                f"less than half as far as copies: {int(nearer.sum())} of {measured} classes (others: too few images)"
+            )
     result = {
         "about": about,
         "all": whole.round(4).to_dict("index"),
