@@ -1,7 +1,7 @@
 """What a post-training step costs, and its parts: rolling out, scoring, updating.
 
-    python benchmarks/rl.py --threads 1 --json benchmarks/results/rl.json          # the demonstration's size, on a CPU
-    python benchmarks/rl.py --full --precision bf16 --json benchmarks/results/rl_gpu.json                  # on a GPU
+    python -m benchmarks.rl --threads 1 --json benchmarks/results/rl.json          # the demonstration's size, on a CPU
+    python -m benchmarks.rl --full --precision bf16 --json benchmarks/results/rl_gpu.json                  # on a GPU
 
 --full is the paper's size as far as it is known: 56 M parameters, 96 px, 48 groups of 24, 10 Euler steps, 9 training
 times. Weights are random (cost does not depend on them; masks of noise hold more objects than masks of cells, so

@@ -17,6 +17,12 @@ COMMANDS = {
     "score": ("cli.score", "Score a folder of cell images with the seven verifiers."),
     "segment": ("cli.segment", "Find nuclei and cells; write label images and overlays."),
     "fit": ("cli.fit", "Make an assay from real images: statistics per class and an MoA classifier."),
+    "convert": ("cli.convert", "Turn a generator's checkpoint into safetensors and JSON, once."),
+    "generate": ("cli.generate", "Draw treated cells from untreated ones with a generative model."),
+    "pretrain": ("cli.pretrain", "Train a CellFlux of your own on an image index."),
+    "rl": ("cli.rl", "Post-train a flow generator with the verifiers as reward."),
+    "best-of": ("cli.best_of", "Of N samples keep the one that the verifiers like best."),
+    "audit": ("cli.audit", "Compare generative models with real images and with each other."),
     "phantom": ("cli.phantom", "Draw a synthetic data set with exact masks."),
 }
 
