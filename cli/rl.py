@@ -38,8 +38,7 @@ _PRESETS = click.Choice(["paper", "distribution"])
 @click.option(
     "--controls",
     type=click.Path(path_type=Path),
-    help="Folder or index of control images; treated rows in it are what results are held against. Default with the "
-    "bundled model: phantom crops drawn into --out.",
+    help="Control images; treated rows are what results are held against. Bundled model: phantoms drawn into --out.",
 )
 @click.option("--assay", "assay_name", help="phantom, bbbc021 or a folder (`fit`). Default: what --controls names.")
 @click.option("--pixel-size", type=_SIZE, help="um per pixel of the controls. Default: as their folder says.")
