@@ -218,7 +218,8 @@ def noise(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.G
 
 def blur(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:
     """Gaussian of `dose` px in every channel."""
-    return crop._replace(image=ndimage.gaussian_filter(crop.image, (0, dose, dose)))
+    soft = ndimage.gaussian_filter(crop.image, (0, dose, dose))
+    return crop._replace(image=soft.astype(np.float32, copy=False))
 
 
 def quantise(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:

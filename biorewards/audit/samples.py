@@ -56,8 +56,7 @@ class Sample:
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
         """(N,) the file could be read."""
-        finite: npt.NDArray[np.bool_] = np.isfinite(self.encoded.embedding).all(1)
-        return finite
+        return np.asarray(np.isfinite(self.encoded.embedding).all(1), dtype=np.bool_)
 
 
 @dataclass(frozen=True)
