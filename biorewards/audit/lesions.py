@@ -218,14 +218,13 @@ def noise(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.G
 
 def blur(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:
     """Gaussian of `dose` px in every channel."""
-    soft = ndimage.gaussian_filter(crop.image, (0, dose, dose))
-    return crop._replace(image=soft.astype(np.float32, copy=False))
+    return crop._replace(image=ndimage.gaussian_filter(crop.image, (0, dose, dose)))
 
 
 def quantise(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:
     """2^dose grey levels; 8 is an 8-bit file."""
-    top = np.float32(2 ** round(dose) - 1)
-    return crop._replace(image=np.round(crop.image * top) / top)
+    top = 2 ** round(dose) - 1
+    return crop._replace(image=np.asarray(np.round(crop.image * top) / top, dtype=np.float32))
 
 
 def jpeg(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:
