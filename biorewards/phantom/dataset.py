@@ -21,7 +21,7 @@ from biorewards.phantom.field import MIN_PIXELS, Field, render_field, renumber
 from biorewards.phantom.optics import draw_plate
 
 #: Raised when the same seed gives other pixels.
-VERSION = 1
+VERSION = 2
 #: um per pixel by crop size. 0.32 um is assumed for a 20x objective (6.45 um camera pixel / 20).
 PIXEL_SIZE_UM = {96: 0.32, 64: 0.48, 48: 0.64}
 CHANNELS = {"actin": 0, "tubulin": 1, "dna": 2}

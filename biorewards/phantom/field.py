@@ -25,8 +25,8 @@ MIN_PIXELS = 15
 class Field(NamedTuple):
     """image (H, W, 3) uint8 in the order actin, tubulin, DAPI; nuclei and cells (H, W) int32, 0 = background.
 
-    Labels run from 1 without gaps. A cell's mask holds its nuclei. Where nuclei or cells lie on one another the
-    pixel belongs to the upper one, while the light of both adds up.
+    Labels run from 1 without gaps. A cell's mask holds its nuclei. Where nuclei lie on one another the light of both
+    adds up, and the line half-way between their outlines parts them; rounded cells lie over all others.
     """
 
     image: NDArray[np.uint8]

@@ -20,29 +20,35 @@ ROUND_LIGHT = {"mitotic": 1.35, "monopolar": 1.45, "pyknotic": 1.5, "floating": 
 
 
 class Patch(NamedTuple):
-    """A nucleus on its own square: light and mask (2 half + 1, 2 half + 1)."""
+    """A nucleus on its own square: light, mask and depth below its outline in px, each (2 half + 1, 2 half + 1)."""
 
     light: Float
     mask: NDArray[np.bool_]
+    depth: Float
 
     def at(self, grid: Window) -> Patch:
         """The part that lies on `grid`, a window of the polar grid as `window` gives it."""
         half = len(self.mask) // 2
         cut = tuple(slice(part.start - REACH + half, part.stop - REACH + half) for part in grid)
-        return Patch(self.light[cut], self.mask[cut])
+        return Patch(self.light[cut], self.mask[cut], self.depth[cut])
 
 
 class Canvas(NamedTuple):
-    """labels (H, W) int32; light (2, H, W), in focus and out of it; cover (H, W), 1 where a nucleus lies."""
+    """labels (H, W) int32; light (2, H, W), in focus and out of it; cover (H, W), 1 where a nucleus lies; depth (H, W)
+    px of the labelled nucleus, negative without one."""
 
     labels: Int
     light: Float
     cover: Float
+    depth: Float
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> Canvas:
         """A canvas without nuclei."""
-        return cls(np.zeros(shape, np.int32), np.zeros((2, *shape), np.float32), np.zeros(shape, np.float32))
+        return cls(
+            np.zeros(shape, np.int32), np.zeros((2, *shape), np.float32), np.zeros(shape, np.float32),
+            np.full(shape, -np.inf, np.float32),
+        )  # fmt: skip
 
 
 def draw(
@@ -50,6 +56,8 @@ def draw(
 ) -> None:
     """Draw the nuclei of the cells in the layer on `canvas`.
 
+    Where two nuclei lie on one another their light adds up, and no image shows which is the upper one: the overlap is
+    parted along the line that is as deep in the one as in the other, through the points where their outlines cross.
     A nucleus that reaches beyond its cell's territory takes the pixel with it: `cells` (H, W) is written, too.
     blurred (H, W): share of light that is out of focus.
     """
@@ -84,9 +92,11 @@ def draw(
             if places is None:
                 continue
             here, grid = places
-            light, mask = patch.at(grid)
-            np.copyto(canvas.labels[here], count, where=mask)
-            np.copyto(cells[here], i + 1, where=mask)
+            light, mask, deep = patch.at(grid)
+            mine = mask & (deep > canvas.depth[here])
+            np.copyto(canvas.depth[here], deep, where=mine)
+            np.copyto(canvas.labels[here], count, where=mine)
+            np.copyto(cells[here], i + 1, where=mine)
             np.maximum(canvas.cover[here], np.minimum(light, 1), out=canvas.cover[here])
             light = light * np.maximum(1 + people.chromatin[i] * chromatin[here], 0.25) * people.dapi[i]
             out = float(blurred[min(max(y, 0), cells.shape[0] - 1), min(max(x, 0), cells.shape[1] - 1)])
@@ -118,7 +128,7 @@ def draw_rounded(
         body = q < 1
         height = np.sqrt(np.clip(1 - q * q, 0, 1))
         soft = np.clip((1 - q) * radius + 0.5, 0, 1)
-        chromatin, mask = _condensed(rng, form, half).at(grid)
+        chromatin, mask, _ = _condensed(rng, form, half).at(grid)
         actin = soft * (0.5 + 0.55 * height) + 0.9 * np.exp(-(((1 - q) / 0.14) ** 2)) * float(rng.uniform(0.5, 1.5))
         tubulin = soft * (0.35 + 0.8 * height)
         if form == "monopolar":  # one aster in the middle
@@ -159,7 +169,7 @@ def _smooth(rng: np.random.Generator, radii: Float, nucleoli: float) -> Patch:
         width = rng.uniform(0.09, 0.17, (spots, 1)).astype(np.float32) * mean
         down, right = np.exp(-0.5 * ((axis - at) / width) ** 2)
         light *= 1 - nucleoli * np.minimum(down.T @ right, 1)
-    return Patch(light, r < outline)
+    return Patch(light, r < outline, outline - r)
 
 
 def _lobed(rng: np.random.Generator, radius: float) -> Patch:
@@ -190,9 +200,9 @@ def _condensed(rng: np.random.Generator, form: str, half: int) -> Patch:
     low, high, bright = (7, 10, 2.3) if form == "pyknotic" else (12.5, 16, 1.9)
     outline = outlines(rng, np.array([0.1]), np.array([0.03]))[0] * np.float32(rng.uniform(low, high))
     ball = _smooth(rng, outline, 0.0)
-    wide = np.pad(ball.light * np.float32(bright), half), np.pad(ball.mask, half)
-    cut = slice(len(wide[1]) // 2 - half, len(wide[1]) // 2 + half + 1)
-    return Patch(wide[0][cut, cut], wide[1][cut, cut])
+    light, mask, deep = (np.pad(plane, half) for plane in (ball.light * np.float32(bright), ball.mask, ball.depth))
+    cut = slice(len(mask) // 2 - half, len(mask) // 2 + half + 1)
+    return Patch(light[cut, cut], mask[cut, cut], deep[cut, cut])
 
 
 def _discs(centres: Real, radii: Real, light: Real, half: int, seam: float) -> Patch:
@@ -214,7 +224,7 @@ def _discs(centres: Real, radii: Real, light: Real, half: int, seam: float) -> P
         mask = parts == np.bincount(parts.ravel())[1:].argmax() + 1
         # Out of the mask, out of the picture: a stray micronucleus would be a nucleus without a label.
         level *= mask
-    return Patch(level, mask)
+    return Patch(level, mask, inside + np.float32(seam))
 
 
 def _packed(rng: np.random.Generator, n: int, radius: float, stretch: float, size: float) -> tuple[Real, Real]:
