@@ -17,7 +17,7 @@ from biorewards.reward import Reason, Score
 Z_LIMIT = 5.0
 #: An object counts when it shows at least this share of a nucleus's area. What a crop's border leaves of a cell can
 #: be a sliver that nobody could call a cell: one in five cell labels of exact phantom masks.
-NUCLEUS_SHOWS, CELL_SHOWS = 0.05, 0.3
+NUCLEUS_SHOWS, CELL_SHOWS = 0.05, 0.5
 
 
 class Measure(NamedTuple):

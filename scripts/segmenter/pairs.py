@@ -3,9 +3,9 @@
     python scripts/segmenter/pairs.py --data ../shared/data
 
 Pairs: two nuclei of one real validation image (dsb2018), cut out and laid down with their centres 0.6 to 1.0 of the
-summed radii apart, brightness added, on the image's own background. Split: two objects, each with IoU > 0.5 with one
-of the two. Singles: the same nuclei alone. Honeycomb: phantom fields of the class with multi-micronucleated nuclei; a
-nucleus counts as split when two objects cover 15 % of it each.
+summed radii apart, brightness added, on the image's own background; the overlap parted half-way between the outlines.
+Split: two objects, each with IoU > 0.5 with one of the two. Singles: the same nuclei alone. Honeycomb: phantom fields
+of the class with multi-micronucleated nuclei; a nucleus counts as split when two objects cover 15 % of it each.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def cut_outs(sample: sources.Sample) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def lay(
-    canvas: np.ndarray, labels: np.ndarray, label: int, item: tuple[np.ndarray, np.ndarray], y: float, x: float
-) -> None:
+def lay(canvas: np.ndarray, depths: np.ndarray, item: tuple[np.ndarray, np.ndarray], y: float, x: float) -> None:
+    """Add the light to the canvas (H, W) and write the depth below the outline, px, to `depths` (H, W)."""
     light, mask = item
     y0, x0 = round(y - mask.shape[0] / 2), round(x - mask.shape[1] / 2)
     area = (slice(y0, y0 + mask.shape[0]), slice(x0, x0 + mask.shape[1]))
     canvas[area] += light
-    labels[area][mask] = label
+    depths[area] = ndimage.distance_transform_edt(mask)
 
 
 def dsb_trials(data: Path, segmenter: Segmenter, rng: np.random.Generator, trials: int) -> dict[str, tuple[int, int]]:
@@ -71,10 +70,11 @@ def dsb_trials(data: Path, segmenter: Segmenter, rng: np.random.Generator, trial
         theta, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.0) * sum(radii)
         offset = np.array([np.sin(theta), np.cos(theta)]) * reach / 2
         for pair in (True, False):
-            canvas, labels = np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE), int)
-            lay(canvas, labels, 1, a, 48 - offset[0] * pair, 48 - offset[1] * pair)
+            canvas, depths = np.zeros((SIDE, SIDE)), np.zeros((2, SIDE, SIDE))
+            lay(canvas, depths[0], a, 48 - offset[0] * pair, 48 - offset[1] * pair)
             if pair:
-                lay(canvas, labels, 2, b, 48 + offset[0], 48 + offset[1])
+                lay(canvas, depths[1], b, 48 + offset[0], 48 + offset[1])
+            labels = np.where(depths.max(0) > 0, depths.argmax(0) + 1, 0)
             canvas += rng.normal(0, 0.01, canvas.shape)
             dna = stretched(canvas[None].astype(np.float32))
             assert dna is not None
