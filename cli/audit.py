@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def parse_models(given: tuple[str, ...]) -> dict[str, Path]:
 @click.option("--model", "given", multiple=True, required=True, metavar="NAME=DIR", help="Images of a model; repeat.")
 @click.option("--control", type=_FOLDER, help="Untreated real images. Default: those of --real (STATE, or DMSO).")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the results.")
-@click.option("--second-opinion", is_flag=True, help="Also judge a part of the images with the classical segmenter.")
+@click.option("--second-opinion", is_flag=True, help="Also ask independent judges; see below.")
 @click.option("--channels", help="File channels from 0, of all folders: actin=0,tubulin=1,dna=2; or names of a table.")
 @click.option("--pixel-size", type=_SIZE, help="um per file pixel, of all folders. Default: as each folder says.")
 @click.option("--intensity-range", help="Stored values that mean 0 and 1: 0,4095 (12 bit). Default: the full range.")
@@ -80,6 +80,10 @@ def command(
 
     Images are scored once; ranks are given only as far as 95 % intervals settle them. A model whose images are copies
     of real ones, or of a few of its own, is not ranked.
+
+    --second-opinion asks three independent judges about a part of the images, and says where the order changes: the
+    classical segmenter, a MoA classifier of another architecture that is trained on other plates of --real, and, with
+    pip install 'biorewards[profiles]', CellProfiler's features with retrieval among real images. Some minutes.
     """
     models = parse_models(given)
     roles = parse_pairs(channels, "ROLE=CHANNEL, e.g. actin=0,tubulin=1,dna=2")
@@ -123,8 +127,8 @@ def command(
             click.echo(f"note: {name}: {note}", err=True)
     about = audited.about | {"command": command_line(ctx)}
     answer = document(audited.audit, about)
-    if audited.opinion is not None:
-        answer["second_opinion"] = audited.opinion.document()
+    if audited.opinions:
+        answer["second_opinions"] = [one.document() for one in audited.opinions]
     info = {"suite": judge.fingerprint, "assay": assay.name, "seed": seed}
     scores = {out / "scores" / f"{name}.parquet": sample.scores for name, sample in audited.samples.items()}
     write_tables({out / "audit.parquet": table(audited.audit), **scores}, info)
@@ -137,7 +141,7 @@ def command(
     if as_json:
         click.echo(text)
     else:
-        print_table(audited.audit, audited.opinion)
+        print_table(audited.audit, audited.opinions)
         click.echo(f"wrote {out / 'audit.html'}, audit.json, audit.parquet and scores/")
 
 
@@ -175,7 +179,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
-def print_table(audit: Audit, opinion: Opinion | None) -> None:
+def print_table(audit: Audit, opinions: Sequence[Opinion]) -> None:
     """The main rows on stdout, and what must be known before they are believed."""
     from rich.console import Console
     from rich.table import Table
@@ -203,7 +207,7 @@ def print_table(audit: Audit, opinion: Opinion | None) -> None:
         table.add_row(row.name, rank, fine(float(row.draws["gap"][0])), spread, *cells)
     Console().print(table)
     click.echo("gap: distance of all rewards from real. ! better than real images by more than chance: a warning.")
-    for _, text in sentences(audit, opinion):
+    for _, text in sentences(audit, opinions):
         click.echo(text)
 
 

@@ -51,14 +51,14 @@ def test_two_models_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"audit.html", "audit.json", "audit.parquet", "scores", "finished"}
     answer = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
-    assert set(answer["rows"]) == {"real", "copy-control", "a", "b"} and "second_opinion" in answer
+    assert set(answer["rows"]) == {"real", "copy-control", "a", "b"} and "second_opinions" in answer
     assert str(tmp_path) in answer["command"]
     frame = read_table(tmp_path / "out" / "audit.parquet")
     assert {"row", "metric", "scope", "group", "value", "ci_low", "ci_high", "anchored"} <= set(frame)
     assert read_info(tmp_path / "out" / "audit.parquet")["suite"] == answer["suite"]
     assert len(read_table(tmp_path / "out" / "scores" / "a.parquet")) == 80
     html = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
-    assert "Second opinion" in html and len(html) < 3_000_000
+    assert "Second opinions" in html and len(html) < 3_000_000
     # Again: nothing is scored, the numbers are the same, and --json prints them alone.
     assert run([*args, "--second-opinion", "--json"]) == 0
     again = capsys.readouterr()

@@ -40,7 +40,7 @@ MOST_PAIRED = 10_000
 #: A class or compound has a distance of its own from this many images on.
 ENOUGH = 20
 #: Reasons with which a crop has no mechanism, whatever the classifier says.
-_EMPTY = [Reason.BLANK.name, Reason.NO_NUCLEUS.name]
+EMPTY = [Reason.BLANK.name, Reason.NO_NUCLEUS.name]
 SCOPES = ("class", "compound")
 
 
@@ -189,7 +189,7 @@ def _classified(found: pd.DataFrame, sample: Sample, assay: Assay) -> None:
     top = np.nan_to_num(sample.encoded.probabilities).argmax(1)
     place = {name: k for k, name in enumerate(assay.classifier.classes)}
     truth = sample.scores["Metadata_MoA"].map(place).to_numpy(np.float64)
-    empty = sample.scores["Reason_moa"].isin(_EMPTY).to_numpy()
+    empty = sample.scores["Reason_moa"].isin(EMPTY).to_numpy()
     found["correct"] = np.where(np.isnan(truth), np.nan, (top == truth) & ~empty)
     for k in range(len(place)):
         found[f"class_{k}"] = np.where(np.isnan(truth), np.nan, (top == k) & ~empty)

@@ -1,138 +1,148 @@
-"""A second opinion: the same images judged through a segmenter that shares nothing with the first.
+"""Independent opinions: the same images judged by what shares nothing with the first verifiers.
 
-The classical segmenter has no weights. It measures reference images first, so that its z compare like with like, then a
-part of every sample. What matters is not that the numbers agree, but whether the order of the models does.
+Three are asked: the classical segmenter (`opinion_segmenter`), a MoA classifier of another architecture, seed and other
+plates (`opinion_classifier`), and CellProfiler's features with retrieval among real images (`opinion_profiles`). What
+matters is not that the numbers agree, but whether the order of the models does. Each judges the same part of every
+sample, in equal numbers of each condition, with bootstrap intervals.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from biorewards.assay import Assay
 from biorewards.audit.bootstrap import bounded, differs, pooled, resample, seed_of
 from biorewards.audit.columns import Yardstick
-from biorewards.audit.encoder import Encoder
-from biorewards.audit.models import Audit, Flag, Place, rank
-from biorewards.audit.samples import REAL, Sample, Scorer, subset, thin
-from biorewards.fitting import reference_statistics
+from biorewards.audit.models import Audit, Place, rank
+from biorewards.audit.samples import REAL, Sample
 from biorewards.reward import Suite
-from biorewards.rewards import MEASURES
-from biorewards.segmentation import load_segmenter
 
 Floats = npt.NDArray[np.float64]
-#: Images of a sample, and of the reference, that the second segmenter is asked about: it takes them one by one.
-ASKED, MEASURED = 800, 1_500
+Rows = npt.NDArray[np.intp]
+#: sample -> quantity -> (B + 1,)
+Draws = dict[str, dict[str, Floats]]
+#: Quantities that are distances from real images already.
+DISTANCES = ("gap",)
+
+
+class NoOpinion(ValueError):
+    """These images do not let a judge answer; the text says what is missing."""
 
 
 class Change(NamedTuple):
-    """A pair of models in whose order the two opinions differ, by the gap of one reward or of all ("gap").
+    """A pair of models in whose order the two opinions differ, by nearness to real images in one quantity.
 
+    reward: the opinion's quantity ("gap": all rewards). against: the first verifiers' quantity that it is held against.
     first, second: 1 when `a` is closer to real images, -1 when `b` is, 0 when the interval does not say.
     """
 
     reward: str
+    against: str
     a: str
     b: str
     first: int
     second: int
 
+    @property
+    def reversed(self) -> bool:
+        """Both settle the order, the other way round."""
+        return self.first != 0 and self.first == -self.second
+
 
 @dataclass(frozen=True)
 class Opinion:
-    """What another segmenter says. n: images a sample. draws: sample -> reward and "gap" -> (B + 1,)."""
+    """One opinion.
+
+    name: what gave it. about: what a reader must know of it. ranks_by: the quantity behind `places`. n: images of a
+    sample. draws: sample -> quantity -> (B + 1,).
+    """
 
     name: str
+    about: list[str]
+    ranks_by: str
     n: dict[str, int]
-    draws: dict[str, dict[str, Floats]]
+    draws: Draws
     places: dict[str, Place]
     changes: list[Change]
 
     def document(self) -> dict[str, Any]:
         """The opinion for JSON."""
         return {
-            "segmenter": self.name,
+            "name": self.name,
+            "about": self.about,
+            "ranks_by": self.ranks_by,
             "rows": {
                 name: {
                     "n": self.n[name],
-                    "rank": None if self.places.get(name) is None or self.places[name].best is None
-                    else [self.places[name].best, self.places[name].worst],
-                    "metrics": {k: {"value": float(v[0]), "ci": list(bounded(v))} for k, v in draws.items()},
+                    "rank": None if (place := self.places.get(name)) is None or place.best is None
+                    else [place.best, place.worst],
+                    "metrics": {k: _three(v) for k, v in draws.items()},
                 }
                 for name, draws in self.draws.items()
             },
-            "changes": [change._asdict() for change in self.changes],
+            "changes": [change._asdict() | {"reversed": change.reversed} for change in self.changes],
         }  # fmt: skip
 
 
-def second_opinion(
-    scorer: Scorer,
-    samples: dict[str, Sample],
-    reference: Sample,
-    yard: Yardstick,
-    first: Audit,
-    name: str = "classical",
-) -> Opinion:
-    """Judge a part of every sample through segmenter `name` and compare the order of the models with the first's."""
-    assay = _through(scorer, reference, name, yard.seed)
-    suite = Suite(list(scorer.suite.rewards.values()), scorer.suite.weights, assay.fingerprint)
-    second = replace(scorer, assay=assay, suite=suite, encoder=Encoder(assay))
-    size = int(yard.each.sum())
-    most = np.maximum(2, np.floor(yard.each * min(1.0, ASKED / max(1, size)))).astype(np.int64)
-    draws: dict[str, dict[str, Floats]] = {}
-    asked: dict[str, int] = {}
-    for sample in samples.values():
-        rows = np.flatnonzero(yard.some(sample.name, np.minimum(most, yard.each)))
-        judged = second(f"{name}-{sample.name}", sample.kind, subset(sample.manifest, rows))
-        number = yard.conditions.number[sample.name][rows]
-        values = judged.scores[[f"Reward_{k}" for k in suite.rewards]].to_numpy(np.float64)
-        files = judged.scores["Metadata_File"].tolist()
-        sums = resample(values, number, len(yard.conditions.names), seed=seed_of(yard.seed, files))
-        mean = pooled(sums, yard.conditions.share)
-        draws[sample.name] = {k: mean[:, place] for place, k in enumerate(suite.rewards)}
-        asked[sample.name] = len(rows)
+def _three(draws: Floats) -> dict[str, Any]:
+    low, high = bounded(draws)
+    value = [float(x) if np.isfinite(x) else None for x in (draws[0], low, high)]
+    return {"value": value[0], "ci": value[1:]}
+
+
+def asked(yard: Yardstick, name: str, most: int) -> Rows:
+    """Rows of a sample for an opinion: about `most`, the same number of a condition in every sample, two at least."""
+    share = min(1.0, most / max(1, int(yard.each.sum())))
+    each = np.maximum(2, np.floor(yard.each * share)).astype(np.int64)
+    return np.flatnonzero(yard.some(name, np.minimum(each, yard.each)))
+
+
+def means(yard: Yardstick, sample: Sample, rows: Rows, values: dict[str, Floats]) -> dict[str, Floats]:
+    """Quantities of `rows`, (n,) each, to (B + 1,) means over the conditions in the proportions of real images."""
+    number = yard.conditions.number[sample.name][rows]
+    files = sample.scores["Metadata_File"].iloc[rows].tolist()
+    sums = resample(
+        np.stack(list(values.values()), 1), number, len(yard.conditions.names), seed=seed_of(yard.seed, files)
+    )
+    mean = pooled(sums, yard.conditions.share)
+    return {name: mean[:, place] for place, name in enumerate(values)}
+
+
+def add_gaps(draws: Draws, suite: Suite) -> None:
+    """Put the weighted distance of all rewards from real images into every row, as `models.gap` does."""
     for own in draws.values():
         apart = {k: np.abs(own[k] - draws[REAL][k]) for k in suite.rewards}
-        own["gap"] = sum((suite.weights[k] * np.nan_to_num(v) for k, v in apart.items()), np.zeros(len(own["moa"])))
-    flags: dict[str, list[Flag]] = first.flags
-    places, _ = rank({k: v["gap"] for k, v in draws.items()}, flags)
+        length = len(next(iter(own.values())))
+        own["gap"] = sum((suite.weights[k] * np.nan_to_num(v) for k, v in apart.items()), np.zeros(length))
+
+
+def held_against(
+    name: str, about: list[str], n: dict[str, int], draws: Draws, first: Audit, pairs: Sequence[tuple[str, str]]
+) -> Opinion:
+    """An opinion from its numbers. pairs: (its quantity, the first verifiers'), the one that it ranks by first."""
+    ranks_by = pairs[0][0]
+    distance = {k: _distance(draws, ranks_by, k) for k in draws}
+    places, _ = rank({k: v for k, v in distance.items() if k in first.flags}, first.flags)
     models = [k for k, place in places.items() if place.best is not None]
+    ours = {k: row.draws for k, row in first.rows.items()}
     changes = []
-    for reward in ["gap", *suite.rewards]:
+    for own, theirs in pairs:
         for a, b in combinations(models, 2):
-            says = [_closer(first_draws, reward, a, b) for first_draws in (_first(first), draws)]
+            says = [_closer(ours, theirs, a, b), _closer(draws, own, a, b)]
             if says[0] != says[1]:
-                changes.append(Change(reward, a, b, says[0], says[1]))
-    return Opinion(name, asked, draws, places, changes)
+                changes.append(Change(own, theirs, a, b, says[0], says[1]))
+    return Opinion(name, about, ranks_by, n, draws, places, changes)
 
 
-def _first(first: Audit) -> dict[str, dict[str, Floats]]:
-    return {name: row.draws for name, row in first.rows.items()}
+def _distance(draws: Draws, name: str, row: str) -> Floats:
+    own = draws[row][name]
+    return own if name in DISTANCES else np.asarray(np.abs(own - draws[REAL][name]))
 
 
-def _closer(draws: dict[str, dict[str, Floats]], reward: str, a: str, b: str) -> int:
-    real = 0.0 if reward == "gap" else draws[REAL][reward]
-    return -differs(np.abs(draws[a][reward] - real) - np.abs(draws[b][reward] - real))
-
-
-def _through(scorer: Scorer, reference: Sample, name: str, seed: int) -> Assay:
-    """The assay with another segmenter, and statistics of reference images as that one sees them."""
-    assay = scorer.assay.with_segmenter(load_segmenter(name))
-    place = {label: k for k, label in enumerate(assay.classes)}
-    label = np.array(reference.scores["Metadata_MoA"].map(place).fillna(-1), np.int64)
-    rows = thin(label, np.arange(len(label))[label >= 0], MEASURED, seed)
-    # The class of a row moves the values, not the measures that are wanted here.
-    judge = Suite([r for k, r in scorer.suite.rewards.items() if k in MEASURES], None, assay.fingerprint)
-    measured = replace(scorer, assay=assay, suite=judge, encoder=Encoder(assay))(
-        f"{name}-measured", "measured", subset(reference.manifest, rows)
-    )
-    measures = measured.scores[[f"Measure_{k}" for k in judge.rewards]].astype(float)
-    measures.columns = list(judge.rewards)
-    statistics = reference_statistics(measures, measured.scores["Metadata_MoA"].to_numpy(), assay.classes)
-    digest = hashlib.sha256((assay.fingerprint + statistics.to_csv()).encode()).hexdigest()[:16]
-    return replace(assay, statistics=statistics, fingerprint=digest)
+def _closer(draws: Draws, name: str, a: str, b: str) -> int:
+    return -differs(_distance(draws, name, a) - _distance(draws, name, b))

@@ -14,11 +14,12 @@ from biorewards.assay import Assay
 from biorewards.audit.bootstrap import bounded
 from biorewards.audit.columns import SCOPES
 from biorewards.audit.figures import Values, colours, forest
-from biorewards.audit.models import Audit, Metric
+from biorewards.audit.models import Audit, Metric, Place
+from biorewards.audit.opinion import Opinion
 from biorewards.audit.results import GAP, measured
 from biorewards.audit.run import Audited
 from biorewards.audit.samples import CONTROL, REAL, Sample
-from biorewards.audit.wording import COPIES, METRICS, SHARES, VARIETY, fine, said, sentences, title
+from biorewards.audit.wording import COPIES, METRICS, SHARES, VARIETY, fine, quantity, said, sentences, title
 from biorewards.io.tables import atomic
 from biorewards.report import ROLE_COLOURS
 from biorewards.report.crops import best_and_worst, load_crops
@@ -27,6 +28,8 @@ from biorewards.report.wording import number, percent, plain, wording
 
 #: Worst crops of a model and reward, and conditions shown side by side.
 WORST, BESIDE = 4, 8
+#: What is shown of an opinion beside what it ranks by.
+SHOWN = ("moa", "moa_accuracy")
 
 
 def write_page(path: Path, audited: Audited, assay: Assay, settings: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ def render(audited: Audited, assay: Assay, settings: dict[str, Any]) -> str:
         palette=palette,
         kinds={name: row.kind for name, row in audit.rows.items()},
         facts=_facts(audited, assay),
-        words=sentences(audit, audited.opinion),
+        words=sentences(audit, audited.opinions),
         ranking=_ranking(audit),
         floor=audit.floor,
         gap_figure=forest(
@@ -97,7 +100,7 @@ def render(audited: Audited, assay: Assay, settings: dict[str, Any]) -> str:
         ],
         crops=crops,
         roles=[(role, ROLE_COLOURS[role]) for role in assay.channels if role in ROLE_COLOURS],
-        opinion=_opinion(audited),
+        opinions=[_opinion(audited, one) for one in audited.opinions],
         notes=audited.about["notes"],
         made=[(key.replace("_", " ").capitalize(), plain(value)) for key, value in settings.items()],
         level=" and ".join(audit.conditions.level) or "nothing (no labels in common)",
@@ -119,18 +122,17 @@ def _span(draws: npt.NDArray[np.float64]) -> tuple[float, float, float]:
     return (float(draws[0]), *bounded(draws))
 
 
+def _place(place: Place) -> str:
+    if place.best is None:
+        return "–"
+    return f"{place.best}" if place.best == place.worst else f"{place.best}–{place.worst}"
+
+
 def _ranking(audit: Audit) -> list[dict[str, Any]]:
     rows = []
     for row in audit.models:
         place = audit.places[row.name]
-        text = (
-            "–"
-            if place.best is None
-            else f"{place.best}"
-            if place.best == place.worst
-            else f"{place.best}–{place.worst}"
-        )
-        rows.append({"name": row.name, "place": text, "order": place.best or 99, "n": row.n,
+        rows.append({"name": row.name, "place": _place(place), "order": place.best or 99, "n": row.n,
                      "flags": audit.flags[row.name], **measured(audit, row, GAP)})  # fmt: skip
     return sorted(rows, key=lambda one: (one["order"], one["value"] or 0.0))
 
@@ -231,26 +233,22 @@ def _shown(sample: Sample, reward: str, rows: list[int], assay: Assay) -> list[d
     return found
 
 
-def _opinion(audited: Audited) -> dict[str, Any] | None:
-    opinion, audit = audited.opinion, audited.audit
-    if opinion is None:
-        return None
+def _opinion(audited: Audited, opinion: Opinion) -> dict[str, Any]:
+    """One opinion beside the first verifiers, every row of the audit in it."""
     words = {1: "{a} closer", -1: "{b} closer", 0: "not settled"}
+    shown = list(dict.fromkeys([opinion.ranks_by, *(k for k in SHOWN if k in opinion.draws[REAL])]))
     rows = []
-    for row in audit.models:
-        place = opinion.places[row.name]
-        text = (
-            "–"
-            if place.best is None
-            else f"{place.best}"
-            if place.best == place.worst
-            else f"{place.best}–{place.worst}"
-        )
-        rows.append({"name": row.name, "n": opinion.n[row.name], "place": text,
-                     "first": _span(row.draws["gap"]), "second": _span(opinion.draws[row.name]["gap"])})  # fmt: skip
+    for row in audited.audit.rows.values():
+        place = opinion.places.get(row.name)
+        rows.append({
+            "name": row.name, "n": opinion.n[row.name], "place": "" if place is None else _place(place),
+            "first": _span(row.draws["gap"]) if place else None,
+            "second": {k: _span(opinion.draws[row.name][k]) for k in shown},
+        })  # fmt: skip
     changes = [
-        {"title": title(c.reward), "pair": f"{c.a}, {c.b}", "first": words[c.first].format(a=c.a, b=c.b),
-         "second": words[c.second].format(a=c.a, b=c.b), "reversed": c.first == -c.second and c.first != 0}
+        {"title": quantity(c), "pair": f"{c.a}, {c.b}", "first": words[c.first].format(a=c.a, b=c.b),
+         "second": words[c.second].format(a=c.a, b=c.b), "reversed": c.reversed}
         for c in opinion.changes
     ]  # fmt: skip
-    return {"name": opinion.name, "rows": rows, "changes": sorted(changes, key=lambda c: not c["reversed"])}
+    return {"name": opinion.name, "about": opinion.about, "titles": [title(k) for k in shown], "rows": rows,
+            "changes": sorted(changes, key=lambda c: not c["reversed"])}  # fmt: skip

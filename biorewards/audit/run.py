@@ -15,7 +15,10 @@ from biorewards.audit.columns import Yardstick
 from biorewards.audit.conditions import match
 from biorewards.audit.encoder import Encoder
 from biorewards.audit.models import Audit, audit
-from biorewards.audit.opinion import Opinion, second_opinion
+from biorewards.audit.opinion import NoOpinion, Opinion
+from biorewards.audit.opinion_classifier import by_classifier
+from biorewards.audit.opinion_profiles import MISSING, available, by_profiles
+from biorewards.audit.opinion_segmenter import by_segmenter
 from biorewards.audit.samples import (
     CONTROL,
     MOST_REAL,
@@ -43,13 +46,13 @@ RESERVED = (REAL, CONTROL, REFERENCE)
 class Audited:
     """audit: the numbers. samples: real, copy-control and models, by name. about: what was done, for the JSON.
 
-    opinion: what other verifiers say, where they were asked.
+    opinions: what independent judges say, where they were asked.
     """
 
     audit: Audit
     samples: dict[str, Sample]
     about: dict[str, Any]
-    opinion: Opinion | None = None
+    opinions: tuple[Opinion, ...] = ()
 
 
 def audit_folders(
@@ -72,7 +75,7 @@ def audit_folders(
 
     real: labelled real images, treated and (unless `controls`) untreated. models: name -> its images, labelled with
     what they were asked to show. folder: for finished work; a second run with it goes on where the first stopped.
-    plan: manifest -> how its files are read. ask_second: also judge with the classical segmenter.
+    plan: manifest -> how its files are read. ask_second: also ask independent judges (`biorewards.audit.opinion`).
 
     Raises ManifestError or ValueError where there is nothing to compare: no controls, too few real images, no labels
     in common.
@@ -107,11 +110,25 @@ def audit_folders(
     found = audit(samples, yard, seed=seed)
     if progress is not None:
         progress("comparing", 1, 1)
-    opinion = second_opinion(score, samples, reference, yard, found) if ask_second else None
+    opinions: list[Opinion] = []
+    silent = [] if available() or not ask_second else [MISSING]
+    if ask_second:
+        judges: list[Callable[[], Opinion]] = [
+            lambda: by_segmenter(score, samples, reference, yard, found),
+            lambda: by_classifier(score, samples, real, (reference_rows, held_rows), yard, found),
+        ]
+        if available():
+            judges.append(lambda: by_profiles(score, samples, reference, yard, found))
+        for judge in judges:
+            try:
+                opinions.append(judge())
+            except NoOpinion as why:
+                silent.append(str(why))
     notes = {name: list(sample.notes) for name, sample in everything.items()}
     for name, number in conditions.number.items():
         if alone := int((number[everything[name].readable] < 0).sum()):
             notes[name].append(f"{alone} of {len(number)} images have no counterpart in every other row: not compared")
+    notes["second opinion"] = silent
     about = {
         "biorewards": __version__,
         "assay": assay.name,
@@ -122,4 +139,4 @@ def audit_folders(
         "seed": seed,
         "notes": {name: texts for name, texts in notes.items() if texts},
     }
-    return Audited(found, samples, about, opinion)
+    return Audited(found, samples, about, tuple(opinions))

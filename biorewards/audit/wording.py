@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from biorewards.audit.models import Audit, Flag
-from biorewards.audit.opinion import Opinion
+from collections.abc import Sequence
+
+from biorewards.audit.models import Audit, Flag, Place
+from biorewards.audit.opinion import Change, Opinion
 from biorewards.report.wording import number, wording
 
 #: metric -> title, what it is
 METRICS = {
     "gap": ("Gap to real", "weighted distance of the seven mean rewards from those of real images: Σ weight · |u − r|"),
+    "map": ("Mean average precision", "of retrieving real images of the same class, by CellProfiler's features"),
     "moa_accuracy": ("MoA accuracy", "share of images whose likeliest class is the one asked for"),
     "moa_macro_f1": ("MoA macro F1", "mean F1 over classes"),
     "frechet": ("Fréchet distance", "to the reference images in the encoder's features, at equal numbers; no FID"),
@@ -39,6 +42,12 @@ def title(metric: str) -> str:
     return METRICS[metric][0] if metric in METRICS else wording(metric, None).title
 
 
+def quantity(change: Change) -> str:
+    """What two opinions differ in: one quantity, or the second's beside the first's."""
+    own, theirs = title(change.reward).lower(), title(change.against).lower()
+    return own if own == theirs else f"{own} (against {theirs})"
+
+
 def said(flag: Flag) -> str:
     """A flag in words."""
     return " ".join([flag.text, ", ".join(title(name).lower() for name in flag.metrics)]).strip()
@@ -51,7 +60,7 @@ def fine(value: float | None) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
-def sentences(audit: Audit, opinion: Opinion | None) -> list[tuple[str, str]]:
+def sentences(audit: Audit, opinions: Sequence[Opinion]) -> list[tuple[str, str]]:
     """The page's first lines: (kind, text), kind "" or "warn"."""
     out = [("", _ranking(audit))]
     for row in audit.models:
@@ -63,21 +72,28 @@ def sentences(audit: Audit, opinion: Opinion | None) -> list[tuple[str, str]]:
             out.append(
                 ("warn", f"{row.name}: {'; '.join(said(flag) for flag in flags)}.{' Not ranked.' * (not ranked)}")
             )
-    if opinion is not None:
-        against = [c for c in opinion.changes if c.first and c.second == -c.first]
+    for opinion in opinions:
+        against = [c for c in opinion.changes if c.reversed]
+        says = f"Second opinion ({opinion.name}): {_placed(opinion.places) or 'no model is ranked'}"
         if against:
-            pairs = "; ".join(f"{c.a} and {c.b} in {title(c.reward).lower()}" for c in against)
-            out.append(("warn", f"The {opinion.name} segmenter reverses the order of {pairs}."))
+            pairs = "; ".join(f"{c.a} and {c.b} in {quantity(c)}" for c in against)
+            out.append(("warn", f"{says}. It reverses the order of {pairs}."))
         else:
-            out.append(("", f"The {opinion.name} segmenter reverses no order that the first one settles."))
+            out.append(("", f"{says}. It reverses no order that the first verifiers settle."))
     return out
 
 
 def _ranking(audit: Audit) -> str:
-    placed = {name: place for name, place in audit.places.items() if place.best is not None}
+    placed = _placed(audit.places)
     if not placed:
         return "No model is ranked."
+    return f"Rank by gap to real images, as far as the intervals settle it: {placed}."
+
+
+def _placed(places: dict[str, Place]) -> str:
+    """Models that have a place, from the best on."""
+    placed = {name: place for name, place in places.items() if place.best is not None}
     parts = []
     for name, place in sorted(placed.items(), key=lambda pair: (pair[1].best or 0, pair[1].worst or 0)):
         parts.append(f"{name} {place.best if place.best == place.worst else f'{place.best} to {place.worst}'}")
-    return f"Rank by gap to real images, as far as the intervals settle it: {', '.join(parts)}."
+    return ", ".join(parts)
