@@ -13,13 +13,14 @@ DEMO := biorewards/assets/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo cards test test-all lint clean
 
 help:
 	@echo "make demo      score the bundled images; tables and reports go to $(OUT)/"
 	@echo "make test      lint, types and the quick tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff and mypy alone"
+	@echo "make cards     audit the bundled verifiers; their cards go to docs/cards/"
 	@echo "make clean     remove $(VENV), $(OUT) and caches"
 
 install: $(STAMP)
@@ -50,6 +51,11 @@ demo: $(STAMP)
 	@ls -1 $(OUT)/*.csv $(OUT)/*.html | sed 's/^/  /'
 	@echo "  $(OUT)/jump-masks/ (label images and overlays)"
 	@echo "Open $(OUT)/phantom.html in a browser."
+
+# Real crops (CARDS_DATA) have no open licence and do not come with the package; without them only phantom is audited.
+CARDS_DATA ?= ../shared/data
+cards: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/cards.py --out docs/cards --data $(CARDS_DATA)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

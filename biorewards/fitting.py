@@ -175,14 +175,27 @@ def fit_classifier(
         "ece": expected_calibration_error(probabilities, truth)
     }
     figures["temperature"] = final.temperature
-    plain = HistGradientBoostingClassifier(class_weight="balanced", random_state=seed, max_iter=150)
     features = measures.drop(columns="nucleus_in_cytoplasm").to_numpy()
-    plain.fit(features[train_rows], labels[train_rows].numpy())
-    counted = np.zeros((int(test_rows.sum()), len(classes)))
-    counted[:, plain.classes_] = plain.predict_proba(features[test_rows])
+    counted = counts_and_sizes(features, labels.numpy(), train_rows, test_rows, len(classes), seed)
     figures["counts_and_sizes_only"] = accuracy(counted, truth)
     figures["control_as_treated"] = control_probability(probabilities, truth, classes)
     return final, figures
+
+
+def counts_and_sizes(
+    measures: npt.NDArray[Any], labels: npt.NDArray[Any], fitted: npt.NDArray[np.bool_], tested: npt.NDArray[np.bool_],
+    n_classes: int, seed: int,
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """(tested, n_classes) probabilities by a classifier that sees measures only: what cell number and size explain.
+
+    measures: (N, M), NaN where there is none. labels: (N,) class. fitted, tested: (N,) bool, its images and those that
+    it is asked about.
+    """
+    plain = HistGradientBoostingClassifier(class_weight="balanced", random_state=seed, max_iter=150)
+    plain.fit(measures[fitted], labels[fitted])
+    found = np.zeros((int(tested.sum()), n_classes))
+    found[:, plain.classes_] = plain.predict_proba(measures[tested])
+    return found
 
 
 def held_out_compounds(rows: pd.DataFrame, control: str, seed: int) -> list[str]:

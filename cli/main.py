@@ -23,6 +23,7 @@ COMMANDS = {
     "rl": ("cli.rl", "Post-train a flow generator with the verifiers as reward."),
     "best-of": ("cli.best_of", "Of N samples keep the one that the verifiers like best."),
     "audit": ("cli.audit", "Compare generative models with real images and with each other."),
+    "validate": ("cli.validate", "Audit the verifiers themselves; a card for each."),
     "phantom": ("cli.phantom", "Draw a synthetic data set with exact masks."),
 }
 
@@ -61,7 +62,8 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done, 1 --strict and some rows are bad, 2 wrong usage or unusable input, 130 interrupted.",
+    epilog="Exit status: 0 done, 1 --strict and some rows are bad, or `validate` found a failure, 2 wrong usage or "
+    "unusable input, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="biorewards")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error (also: BIOREWARDS_DEBUG=1).")

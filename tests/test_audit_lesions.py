@@ -23,7 +23,7 @@ CHANNELS = {"actin": 0, "tubulin": 1, "dna": 2}
 ANATOMY = {
     "erase_nuclei": ("count", -1), "duplicate_nuclei": ("count", 1), "move_nucleus_out": ("inside", -1),
     "shrink_nuclei": ("nucleus", -1), "grow_nuclei": ("nucleus", 1), "shrink_cells": ("cell", -1),
-    "grow_cell": ("cell", 1), "stretch_nuclei": ("round", -1),
+    "grow_cell": ("cell", 1), "erase_cytoplasm": ("cells", -1), "stretch_nuclei": ("round", -1),
 }  # fmt: skip
 NUISANCES = [name for name in LESIONS if name not in ANATOMY]
 
@@ -65,6 +65,7 @@ def test_the_truth_moves_with_the_dose(name: str, crops: tuple[torch.Tensor, Mas
         ("move_nucleus_out", {"count": 0.0, "nucleus": 0.02, "cell": 0.0, "cells": 0.0}),
         ("shrink_nuclei", {"count": 0.0, "round": 0.03, "inside": 0.01, "cell": 0.0}),
         ("shrink_cells", {"count": 0.0, "nucleus": 0.0, "round": 0.0, "inside": 0.01}),
+        ("erase_cytoplasm", {"count": 0.0, "nucleus": 0.0, "round": 0.0}),
         ("stretch_nuclei", {"count": 0.0, "nucleus": 0.05, "cell": 0.0, "cells": 0.0}),
     ],
 )
@@ -201,4 +202,4 @@ def test_the_bundled_verifiers_answer_to_their_own_lesion(name: str, crops: tupl
             done = images if dose == 0 else apply(name, images, masks, dose, channels=CHANNELS,
                                                   others=images.roll(17, 0)).images  # fmt: skip
             values.append(float(judge(Batch(done, target, assay)).scores[lesion.owner].measure.nanmean()))
-    assert abs(spearmanr(range(len(values)), values).statistic) >= 0.85, values
+    assert abs(spearmanr(range(len(values)), values).statistic) >= 0.9, values

@@ -24,6 +24,7 @@ from biorewards.audit.surgery import (
     LEAST_RADIUS,
     Crop,
     Float,
+    erase_cells,
     grown,
     labels_of,
     put_back,
@@ -183,6 +184,14 @@ def grow_cell(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.rand
     return crop if len(sizes) < 2 else scale_cells(crop, [1 + int(sizes[1:].argmax())], dose, channels, rng)
 
 
+def erase_cytoplasm(crop: Crop, dose: float, channels: Mapping[str, int], rng: np.random.Generator, _: object) -> Crop:
+    """Take the cytoplasm of a share of the cells away and leave their nuclei; which and how many is drawn once."""
+    labels = labels_of(crop.cells)
+    order, rest = rng.permutation(labels), rng.random()
+    gone = order[: int(np.floor(dose * len(labels) + rest * (dose < 1)))]
+    return erase_cells(crop, [int(label) for label in gone], channels, rng)
+
+
 def swap(first: str, second: str) -> Harm:
     """Two channels leak into each other: `dose` of either, up to a full exchange at 1."""
 
@@ -247,6 +256,7 @@ LESIONS: dict[str, Lesion] = {
     "grow_nuclei": Lesion(scale_nuclei, (1.1, 1.25, 1.5, 1.8, 2.2, 2.7), "times area", "nucleus_size"),
     "shrink_cells": Lesion(shrink_cells, (0.9, 0.8, 0.65, 0.5, 0.4, 0.3), "times area", "cytoplasm_size"),
     "grow_cell": Lesion(grow_cell, (1.05, 1.1, 1.2, 1.35, 1.5, 1.75), "times area", "cytoplasm_size"),
+    "erase_cytoplasm": Lesion(erase_cytoplasm, _SHARES, "share of cells", "cytoplasm_count"),
     "stretch_nuclei": Lesion(stretch_nuclei, (1.2, 1.4, 1.7, 2.0, 2.5, 3.0), "length / width", "nucleus_roundness"),
     "swap_cytoplasm": Lesion(swap("actin", "tubulin"), _SHARES, "share exchanged", "moa"),
     "swap_dna": Lesion(swap("dna", "actin"), _SHARES, "share exchanged", "moa"),

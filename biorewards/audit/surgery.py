@@ -20,6 +20,8 @@ Mask = npt.NDArray[np.bool_]
 
 #: px beyond its mask to which a nucleus or cell still glows, and width of the soft seam.
 GLOW, SEAM = 3, 1.0
+#: px to which the faint halo of a nucleus reaches. What is left of it is a ring that segmenters take for a nucleus.
+HALO = 8
 #: px over which surroundings are averaged to fill a hole.
 REACH = 8.0
 #: A copy of a nucleus is never smaller than this, px of radius: the segmenters' own limit for debris.
@@ -68,9 +70,10 @@ def fill(plane: Float, hole: Mask, avoid: Mask, rng: np.random.Generator) -> Flo
     if not known.any():
         whole: Float = np.where(hole, plane.min(), plane).astype(np.float32)
         return whole
-    weight = ndimage.gaussian_filter(known.astype(np.float32), REACH)
-    level = ndimage.gaussian_filter(np.where(known, plane, 0).astype(np.float32), REACH) / np.maximum(weight, 1e-6)
-    level = np.where(weight > 1e-3, level, np.median(plane[known]))
+    # Far from all that is known the level tends to the median, smoothly: a step would look like an object's edge.
+    share = ndimage.gaussian_filter(known.astype(np.float32), REACH)
+    near = ndimage.gaussian_filter(np.where(known, plane, 0).astype(np.float32), REACH)
+    level = (near + 0.02 * np.median(plane[known])) / (share + 0.02)
     grain = plane - ndimage.gaussian_filter(plane, 1.5)
     rough = 1.4826 * float(np.median(np.abs(grain[known])))
     inside = _soft(hole)
@@ -83,12 +86,13 @@ def take_out(crop: Crop, labels: Iterable[int], dna: int, rng: np.random.Generat
     """Take nuclei out of the DNA channel; what they left behind, and the light of each."""
     labels = list(labels)
     plane = crop.image[dna]
-    hole = grown(np.isin(crop.nuclei, labels))
-    empty = fill(plane, hole, grown(crop.nuclei > 0), rng)
-    surplus = np.maximum(plane - empty, 0)
     # Between two nuclei the light belongs to the nearer one.
     nearest = _nearest(crop.nuclei)
-    light = {label: (surplus * (nearest == label) * _soft(grown(crop.nuclei == label))) for label in labels}
+    haloes = grown(crop.nuclei > 0, HALO)
+    hole = haloes & np.isin(nearest, labels)
+    empty = fill(plane, hole, haloes, rng)
+    surplus = np.maximum(plane - empty, 0)
+    light = {label: surplus * _soft(haloes & (nearest == label)) for label in labels}
     return Removed(empty, light)
 
 
@@ -203,6 +207,19 @@ def scale_cells(
     return Crop(image.clip(0, 1), crop.nuclei, cells)
 
 
+def erase_cells(crop: Crop, labels: Iterable[int], channels: Mapping[str, int], rng: np.random.Generator) -> Crop:
+    """Background in place of cells, in every channel but DNA: their nuclei stay and lie bare."""
+    gone = np.isin(crop.cells, list(labels))
+    image = crop.image.copy()
+    # What glows beyond a cell goes with it, but not what belongs to a neighbour.
+    inside = _soft(gone | (grown(gone) & (crop.cells == 0)))
+    for role, index in channels.items():
+        if role != "dna":
+            floor = _background(crop.image[index], crop.cells > 0, rng)
+            image[index] = image[index] * (1 - inside) + floor * inside
+    return Crop(image.clip(0, 1), crop.nuclei, np.where(gone, 0, crop.cells).astype(np.int32))
+
+
 def _background(plane: Float, inside: Mask, rng: np.random.Generator) -> Float:
     """A plane of background: the median of what is no cell, or the darkest percentile of a crop that is full."""
     beyond = ~grown(inside)
@@ -212,9 +229,9 @@ def _background(plane: Float, inside: Mask, rng: np.random.Generator) -> Float:
     return floor
 
 
-def grown(mask: Mask) -> Mask:
-    """The mask and what glows around it."""
-    wider: Mask = ndimage.binary_dilation(mask, iterations=GLOW)
+def grown(mask: Mask, by: int = GLOW) -> Mask:
+    """The mask and what glows around it, to `by` px."""
+    wider: Mask = ndimage.binary_dilation(mask, iterations=by)
     return wider
 
 
