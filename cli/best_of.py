@@ -82,8 +82,8 @@ def command(**given: Any) -> None:
     from generators.pairs import read_rows
     from generators.pictures import write_picture
     from rl.best_of_n import Prompts, best_of_n, curve
-    from rl.pool import usable_compounds
-    from rl.rewards import Judge
+    from rl.pool import read_real, usable_compounds
+    from rl.rewards import Judge, fitted
 
     device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
@@ -92,12 +92,18 @@ def command(**given: Any) -> None:
     assay_name = given["assay_name"] or found.hints.assay
     if assay_name is None:
         raise click.UsageError(f"{given['controls']} names no assay; say which with --assay")
-    assay = Assay.load(assay_name).to(device)
+    assay = Assay.load(assay_name)
     generator = generators.load(given["name"], given["checkpoint"] or generators.MINI_CELLFLUX, **options).to(device)
     if generator.capabilities.channels != 3:
         raise click.UsageError(f"{generator.name} draws {generator.capabilities.channels} channels; PNG holds three")
     check_scale(generator, found)
     compounds, targets, notes = usable_compounds(assay, generator.compounds, listed(given["compounds"]))
+    reader = plan_reading(found, assay, pixel_size=given["pixel_size"])
+    if reader.scale != 1:
+        click.echo("measuring the assay's statistics at the pixel size of these images", err=True)
+        assay, more = fitted(assay, read_real(found, reader, assay, given["seed"])[0], reader.scale)
+        notes += more
+    assay = assay.to(device)
     for note in notes:
         click.echo(f"note: {note}", err=True)
     plan = make_plan(generator, found, compounds, given["images"], given["seed"], given["split"])
@@ -107,7 +113,7 @@ def command(**given: Any) -> None:
     table["moa"] = [assay.classes[class_of[name]] for name in names]
     control = read_rows(found, plan.rows, generator.capabilities.channels)
     prompts = Prompts(control, names, torch.tensor([class_of[name] for name in names]))
-    judge = Judge(suite(assay), assay, scale=plan_reading(found, assay, pixel_size=given["pixel_size"]).scale)
+    judge = Judge(suite(assay), assay, scale=reader.scale)
     click.echo(
         f"{len(names)} images of {len(compounds)} compounds, each the best of {given['n']} ({given['method']}); "
         f"{generator.name} on {device}, assay {assay.name}, fingerprint {judge.fingerprint}"

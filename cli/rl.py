@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 #: The phantom that the bundled model is post-trained on without --controls: none of the images it was trained on.
 PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 1300, 48, 4242
-#: Size of that demonstration, some minutes on one core; and of a run with a generator of one's own.
-DEMO = {"steps": 24, "groups": 6, "rollouts": 8, "evaluate_every": 8, "evaluate_images": 40, "precision": "bf16"}
-USUAL = {"steps": 100, "groups": 16, "rollouts": 12, "evaluate_every": 10, "evaluate_images": 96, "precision": "no"}
+#: That demonstration, some minutes on one core (too few for all 20 compounds); and a run with a generator of one's own.
+DEMO = {
+    "steps": 30, "groups": 8, "rollouts": 12, "rollout_steps": 4, "times": 1, "learning_rate": 3e-4,
+    "compounds": "carboxen,epotasel,kinespar,tasumide", "evaluate_every": 15, "evaluate_images": 160,
+    "precision": "bf16",
+}  # fmt: skip
+USUAL = {
+    "steps": 100, "groups": 16, "rollouts": 12, "rollout_steps": 6, "times": 2, "learning_rate": 5e-4,
+    "evaluate_every": 10, "evaluate_images": 96, "precision": "no",
+}  # fmt: skip
 _COUNT = click.IntRange(min=1)
 _SIZE = click.FloatRange(min=0, min_open=True)
 _PRESETS = click.Choice(["paper", "distribution"])
@@ -43,18 +50,18 @@ _PRESETS = click.Choice(["paper", "distribution"])
 @click.option("--assay", "assay_name", help="phantom, bbbc021 or a folder (`fit`). Default: what --controls names.")
 @click.option("--pixel-size", type=_SIZE, help="um per pixel of the controls. Default: as their folder says.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("rl-run"), show_default=True)
-@click.option("--compounds", help="Only these, e.g. taxol,AZ138. Default: all that generator and assay both know.")
+@click.option("--compounds", help="Only these, e.g. taxol,AZ138. Default: all (bundled model: 4).")
 @click.option("--hold-out", help="Compounds that are evaluated and not trained on.")
 @click.option("--preset", type=_PRESETS, default="paper", show_default=True, help="Rewards of an image, or of a set.")
 @click.option("--rewards", "reward_names", help="Only these of the seven, e.g. moa,nucleus_size.")
 @click.option("--weights", help="Of rewards in the total, e.g. moa=5,nucleus_size=0.5. Default: the paper's.")
 @click.option("--reward", "extra", multiple=True, metavar="MODULE:NAME", help="A reward of your own. Repeatable.")
 @click.option("--held-out", multiple=True, metavar="MODULE:NAME", help="A reward that is only watched. Repeatable.")
-@click.option("--steps", type=_COUNT, help="Rollout sets. Default: 100 (bundled model: 24).")
-@click.option("--groups", type=_COUNT, help="(control, compound) pairs a step. Default: 16 (bundled model: 6).")
-@click.option("--rollouts", type=click.IntRange(min=2), help="Images a group (K). Default: 12 (bundled model: 8).")
-@click.option("--rollout-steps", type=_COUNT, default=6, show_default=True, help="Euler steps of a rollout.")
-@click.option("--times", type=_COUNT, default=2, show_default=True, help="Training times a rollout.")
+@click.option("--steps", type=_COUNT, help="Rollout sets. Default: 100 (bundled model: 30).")
+@click.option("--groups", type=_COUNT, help="(control, compound) pairs a step. Default: 16 (bundled model: 8).")
+@click.option("--rollouts", type=click.IntRange(min=2), help="Images a group (K). Default: 12.")
+@click.option("--rollout-steps", type=_COUNT, help="Euler steps of a rollout. Default: 6 (bundled model: 4).")
+@click.option("--times", type=_COUNT, help="Training times a rollout. Default: 2 (bundled model: 1).")
 @click.option("--inner-steps", type=_COUNT, default=1, show_default=True, help="Optimiser steps a rollout set.")
 @click.option(
     "--coupling",
@@ -71,7 +78,7 @@ _PRESETS = click.Choice(["paper", "distribution"])
     show_default=True,
     help="per-reward: each reward is standardised in its group before the weights.",
 )
-@click.option("--learning-rate", type=_SIZE, default=5e-4, show_default=True, help="Start lower on a large network.")
+@click.option("--learning-rate", type=_SIZE, help="Lower on a large network. Default: 5e-4 (bundled model: 3e-4).")
 @click.option(
     "--mix-beta", type=_SIZE, default=0.1, show_default=True, help="Of v+ and v-; small: bold. Tune with --lag."
 )
@@ -82,8 +89,8 @@ _PRESETS = click.Choice(["paper", "distribution"])
 @click.option("--lora-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Adapters (peft); 0: all.")
 @click.option("--micro-batch", type=_COUNT, default=64, show_default=True, help="Images in memory at once.")
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), help="Default: no (bundled model: bf16).")
-@click.option("--evaluate-every", type=_COUNT, help="In steps. Default: 10 (bundled model: 8).")
-@click.option("--evaluate-images", type=_COUNT, help="On held-out controls. Default: 96 (bundled model: 40).")
+@click.option("--evaluate-every", type=_COUNT, help="In steps. Default: 10 (bundled model: 15).")
+@click.option("--evaluate-images", type=_COUNT, help="On held-out controls. Default: 96 (bundled model: 160).")
 @click.option("--save-every", type=_COUNT, default=10, show_default=True, help="In steps.")
 @click.option("--guard", is_flag=True, help="Stop when figures that are not rewarded get worse twice running.")
 @click.option("--track", multiple=True, help="Also tensorboard, wandb, mlflow or trackio. Repeatable.")
@@ -112,7 +119,10 @@ def command(**given: Any) -> None:
     options = parse_settings(given["options"])
     bundled = given["checkpoint"] is None
     if bundled and given["name"] != "cellflux":
-        raise click.UsageError(f"--generator {given['name']} needs its --checkpoint")
+        raise click.UsageError(
+            f"--generator {given['name']} needs its --checkpoint. Only flows, such as cellflux, can be post-trained; "
+            "what works with every generator (impa, phendiff, mit) is selection: biorewards best-of"
+        )
     if not bundled and given["controls"] is None:
         raise click.UsageError("--checkpoint needs --controls: the images that its samples start from")
 
@@ -225,7 +235,7 @@ def read(controls: Path, given: dict[str, Any], generator: Any, seed: int) -> tu
     from biorewards.io.reading import plan_reading
     from generators.generation import check_scale
     from rl.pool import read_data
-    from rl.rewards import matched
+    from rl.rewards import fitted
 
     found = read_manifest(controls)
     check_scale(generator, found)
@@ -238,20 +248,8 @@ def read(controls: Path, given: dict[str, Any], generator: Any, seed: int) -> tu
         found, reader, assay, generator.compounds, hold_out=listed(given["hold_out"]),
         only=listed(given["compounds"]), seed=seed,
     )  # fmt: skip
-    notes = [*found.notes, *data.notes]
-    if data.scale != 1:
-        known = data.real.target.bincount(minlength=len(assay.classes)).tolist()
-        if max(known) >= 20:
-            assay, short = matched(assay, data.real, data.scale)
-            notes.append(
-                f"images are resampled by {data.scale:g} for assay {assay.name}: its statistics were measured anew on "
-                "real training images, resampled alike" + (f", but not of {', '.join(short)}" if short else "")
-            )
-        else:
-            notes.append(
-                f"images are resampled by {data.scale:g} for assay {assay.name}, and there are no real images to "
-                "measure its statistics anew at that pixel size: some targets may be out of reach"
-            )
+    assay, more = fitted(assay, data.real, data.scale)
+    notes = [*found.notes, *data.notes, *more]
     return data, assay, notes
 
 
@@ -337,14 +335,15 @@ def print_result(result: Result, judge: Judge, out: Path) -> None:
     from rich.table import Table
 
     from biorewards.report.wording import number
+    from rl.evaluation import gained
 
     table = Table(box=None, pad_edge=False)
-    for column in ("held-out controls", "base", "now", "real"):
+    for column in ("held-out controls", "base", "now", "gain, 95 %", "real"):
         table.add_column(column, justify="left" if column == "held-out controls" else "right", no_wrap=True)
     spreads = [key for key in result.last if key.startswith(("spread/", "held_out/"))]
     for key in ("total", *(f"reward/{name}" for name in judge.names), *spreads, "distance", "diversity"):
-        values = [number(line.get(key)) for line in (result.first, result.last, result.real)]
-        table.add_row(key.removeprefix("reward/"), *values)
+        base, now, real = (number(line.get(key)) for line in (result.first, result.last, result.real))
+        table.add_row(key.removeprefix("reward/"), base, now, gained(result.last, key), real)
     Console().print(table)
     click.echo(f"{result.ended}; report: {out / 'report.html'}; weights: {out / 'generator.safetensors'}")
     click.echo("next: biorewards generate --generator cellflux --checkpoint " + str(out / "generator.safetensors"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from biorewards.scoring_summary import bootstrap
 from rl.policy import FlowPolicy, Sampler, flow, streams, to_range, to_unit
 from rl.sentinels import Yardstick, class_entropy, dark, diversity
 
@@ -28,20 +31,23 @@ Rows = npt.NDArray[np.int64]
 
 
 class Drawn(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], CPU, with their control, compound index, class and group."""
+    """Images (N, C, H, W) in [0, 1], CPU, with their control, compound index, class and group. scores: (N, K) of
+    `Evaluation.columns`, once judged."""
 
     images: Tensor
     control: Rows
     compound: Rows
     target: Tensor
     group: Rows
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Draws and judges the same images (controls, compounds, noise) at every call.
 
-    held_out: further judges that nothing is trained on, by name. count: images, at least two a compound.
+    held_out: further judges that nothing is trained on, by name. count: images, at least two a compound. autocast: what
+    images are drawn in; they are judged as always.
     """
 
     data: Data
@@ -51,6 +57,7 @@ class Evaluation:
     count: int = 96
     batch: int = 64
     held_out: dict[str, Judge] = field(default_factory=dict)
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @cached_property
     def yardstick(self) -> Yardstick:
@@ -78,14 +85,16 @@ class Evaluation:
             x = to_range(pool.controls[control[part]].to(device), policy)
             source = policy.source(x, streams((self.seed, EVALUATION, int(i)) for i in part))
             names = [pool.compounds[k] for k in compound[part]]
-            images.append(to_unit(flow(policy, source, names, self.steps), policy).cpu())
+            with self.autocast():
+                images.append(to_unit(flow(policy, source, names, self.steps), policy).cpu())
         return Drawn(torch.cat(images), control, compound, torch.from_numpy(pool.targets[compound]), group)
 
     def __call__(self, policy: FlowPolicy, device: torch.device) -> tuple[Line, Drawn]:
         """Means over the images, sentinels, and the images themselves."""
         drawn = self.draw(policy, device)
         judged = self.judge(drawn.images.to(device), drawn.target)
-        line = self._judged(drawn.images, drawn.target, judged, device)
+        line, others = self._judged(drawn.images, drawn.target, judged, device)
+        drawn = drawn._replace(scores=torch.cat([judged.value, self.judge.total(judged.value)[:, None], others], 1))
         line["diversity"] = diversity(drawn.images, drawn.group)
         if self.data.unseen:
             unseen = torch.tensor([self.data.test.compounds[k] in self.data.unseen for k in drawn.compound])
@@ -101,9 +110,10 @@ class Evaluation:
             part = np.arange(start, min(start + self.batch, len(compound)))
             names = [pool.compounds[k] for k in compound[part]]
             chance = streams((self.seed, EVALUATION, int(i)) for i in part)
-            parts.append(sampler.sample(pool.controls[control[part]].to(device), names, generator=chance).cpu())
+            with self.autocast():
+                parts.append(sampler.sample(pool.controls[control[part]].to(device), names, generator=chance).cpu())
         images, target = torch.cat(parts), torch.from_numpy(pool.targets[compound])
-        line = self._judged(images, target, self.judge(images.to(device), target), device)
+        line, _ = self._judged(images, target, self.judge(images.to(device), target), device)
         return line | {"diversity": diversity(images, group)}
 
     def real(self, device: torch.device) -> Line:
@@ -114,9 +124,29 @@ class Evaluation:
         # As many as are drawn, since the distance depends on the number.
         chosen = np.random.default_rng(self.seed).permutation(len(images))[: self.count]
         images, target = images[chosen], target[chosen]
-        return self._judged(images, target, self.judge(images.to(device), target), device)
+        return self._judged(images, target, self.judge(images.to(device), target), device)[0]
 
-    def _judged(self, images: Tensor, target: Tensor, judged: Judged, device: torch.device) -> Line:
+    @property
+    def columns(self) -> list[str]:
+        """Names of `Drawn.scores`, as in a line."""
+        return [*(f"reward/{name}" for name in self.judge.names), "total", *(f"held_out/{n}" for n in self.held_out)]
+
+    def gains(self, now: Drawn, base: Drawn) -> Line:
+        """What the same sources score more than they did with the base: gain/NAME, gain_low/NAME, gain_high/NAME, the
+        mean and its 95 % bootstrap interval over controls. Images are paired, so what they have in common cancels."""
+        if now.scores is None or base.scores is None:
+            return {}
+        paired = (now.scores - base.scores).double().numpy()
+        each = np.stack([np.nanmean(paired[now.control == c], 0) for c in np.unique(now.control)])
+        low, high = bootstrap(each, self.seed)
+        return {
+            f"{kind}/{name}": float(value[k])
+            for kind, value in (("gain", np.nanmean(each, 0)), ("gain_low", low), ("gain_high", high))
+            for k, name in enumerate(self.columns)
+        }
+
+    def _judged(self, images: Tensor, target: Tensor, judged: Judged, device: torch.device) -> tuple[Line, Tensor]:
+        """The figures, and the totals (N, judges) of the judges held out."""
         names, mark = self.judge.names, self.yardstick
         line: Line = {
             "images": len(images),
@@ -128,9 +158,16 @@ class Evaluation:
             "nothing_found": float(judged.nothing.float().mean()),
             "class_entropy": class_entropy(judged.probabilities),
         }
-        for name, other in self.held_out.items():
-            line[f"held_out/{name}"] = _mean(other.total(other(images.to(device), target).value))
-        return line
+        others = [other.total(other(images.to(device), target).value) for other in self.held_out.values()]
+        line |= {f"held_out/{name}": _mean(total) for name, total in zip(self.held_out, others, strict=True)}
+        return line, torch.stack(others, 1) if others else torch.zeros(len(images), 0)
+
+
+def gained(line: Line, key: str) -> str:
+    """The paired gain of a figure and its interval in words, "" where it has none."""
+    if f"gain/{key}" not in line:
+        return ""
+    return f"{line[f'gain/{key}']:+.2f} [{line[f'gain_low/{key}']:+.2f}, {line[f'gain_high/{key}']:+.2f}]"
 
 
 def _mean(value: Tensor) -> float:

@@ -14,7 +14,7 @@ def with_adapters(net: nn.Module, rank: int, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ImportError("lora_rank needs peft, which is not installed: python -m pip install peft") from None
+        raise ImportError('lora_rank needs peft, which is not installed: pip install "biorewards[lora]"') from None
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

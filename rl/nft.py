@@ -287,7 +287,9 @@ class Learner:
             pairs = count * s.times
             for part in torch.split(useful, s.micro_batch) if len(useful) else ():
                 chosen = part.tolist()
-                chance = streams((s.seed, TRAINING, self.step, inner, *rolled.keys[i]) for i in chosen)
+                # One time and noise for all rollouts of a group (common random numbers): the advantages of a group add
+                # up to 0, so what the noise does to all of them cancels, and the expected gradient stays what it is.
+                chance = streams((s.seed, TRAINING, self.step, inner, rolled.keys[i][0]) for i in chosen)
                 for _ in range(s.times):
                     found = self._loss(rolled, chosen, r[part], chance, inner)
                     a.backward(found.loss / pairs)
@@ -308,7 +310,7 @@ class Learner:
         elif s.coupling == "fresh":
             source = self.trained.source(rolled.control[chosen], chance)
         else:
-            keys = [(s.seed, NEIGHBOUR, self.step, inner, *rolled.keys[i]) for i in chosen]
+            keys = [(s.seed, NEIGHBOUR, self.step, inner, rolled.keys[i][0]) for i in chosen]
             other = [self.pool.neighbour(rolled.rows[i], key) for i, key in zip(chosen, keys, strict=True)]
             source = self.trained.source(to_range(self.pool.controls[other].to(device), self.trained), chance)
         x = torch.lerp(source, x1, t.view(-1, 1, 1, 1))

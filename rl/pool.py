@@ -113,6 +113,58 @@ def read_data(
     controls. Held out are rows whose SPLIT is not train, else a fifth of the plates. hold_out: compounds that are
     evaluated and not trained on; only: no others. Raises ValueError, ImageError.
     """
+    rows = _rows(found, assay, seed)
+    rng = np.random.default_rng([seed, 7])
+    scale, table, own = reader.scale, rows.table, replace(reader, scale=1.0, crop_size=None)
+    plates = table["Metadata_Plate"].where(table["Metadata_Plate"] != "", table.get("Metadata_Batch", ""))
+    plate = pd.factorize(plates)[0].astype(np.int64)
+    compounds, targets, notes = usable_compounds(assay, known, only, hold_out)
+    pools = []
+    for part in (rows.trained, ~rows.trained):
+        chosen = _some(np.flatnonzero(rows.control & rows.usable & part), MOST_CONTROLS, rng)
+        if not len(chosen):
+            raise ValueError(
+                f"{found.root}: no control is left {'to train on' if part is rows.trained else 'to evaluate on'}; "
+                "SPLIT needs train and another word, or there must be more than one control"
+            )
+        pools.append(Pool(_read(own, chosen), plate[chosen], compounds, targets))
+    real, real_test = read_real(found, reader, assay, seed)
+    train = pools[0].only([name for name in compounds if name not in set(hold_out)])
+    return Data(train, pools[1], real, real_test, scale, sorted(hold_out), [*rows.notes, *notes])
+
+
+def read_real(found: Manifest, reader: Reader, assay: Assay, seed: int = 0) -> tuple[Real, Real]:
+    """Real treated images at their own pixel size, at most 100 a class: of training plates and of held-out ones.
+
+    Which they are depends on the table alone (and, where it names no split, on seed), so whoever measures statistics
+    on them measures the same. Raises ValueError, ImageError.
+    """
+    rows, parts = _rows(found, assay, seed), []
+    reader = replace(reader, scale=1.0, crop_size=None)
+    for number, part in enumerate((rows.trained, ~rows.trained)):
+        rng = np.random.default_rng([8, number])
+        treated = [
+            _some(np.flatnonzero((rows.target == k) & ~rows.control & rows.usable & part), MOST_REAL, rng)
+            for k in range(1, len(assay.classes))
+        ]
+        chosen = np.concatenate(treated) if treated else np.zeros(0, dtype=np.int64)
+        images = _read(reader, chosen) if len(chosen) else torch.zeros(0, 3, 1, 1)
+        parts.append(Real(images, torch.from_numpy(rows.target[chosen])))
+    return parts[0], parts[1]
+
+
+class _Rows(NamedTuple):
+    """What each row of a table is, (N,) each."""
+
+    table: pd.DataFrame
+    target: npt.NDArray[np.int64]
+    control: npt.NDArray[np.bool_]
+    usable: npt.NDArray[np.bool_]
+    trained: npt.NDArray[np.bool_]
+    notes: list[str]
+
+
+def _rows(found: Manifest, assay: Assay, seed: int) -> _Rows:
     labelled = assign_targets(found.table, assay.classes, assay.compounds)
     table, target = labelled.table, labelled.target
     state = table["Metadata_State"].to_numpy(object) if "Metadata_State" in table else np.full(len(table), "")
@@ -124,30 +176,7 @@ def read_data(
             )
         control = np.ones(len(table), dtype=bool)
     usable = np.array([row not in found.problems for row in range(len(table))])
-    trained = _training_rows(table, seed)
-    rng = np.random.default_rng([seed, 7])
-    scale, reader = reader.scale, replace(reader, scale=1.0, crop_size=None)
-    plates = table["Metadata_Plate"].where(table["Metadata_Plate"] != "", table.get("Metadata_Batch", ""))
-    plate = pd.factorize(plates)[0].astype(np.int64)
-    compounds, targets, notes = usable_compounds(assay, known, only, hold_out)
-    pools, reals = [], []
-    for part in (trained, ~trained):
-        rows = _some(np.flatnonzero(control & usable & part), MOST_CONTROLS, rng)
-        if not len(rows):
-            raise ValueError(
-                f"{found.root}: no control is left {'to train on' if part is trained else 'to evaluate on'}; "
-                "SPLIT needs train and another word, or there must be more than one control"
-            )
-        pools.append(Pool(_read(reader, rows), plate[rows], compounds, targets))
-        treated = [
-            _some(np.flatnonzero((target == k) & ~control & usable & part), MOST_REAL, rng)
-            for k in range(1, len(assay.classes))
-        ]
-        rows = np.concatenate(treated) if treated else np.zeros(0, dtype=np.int64)
-        images = _read(reader, rows) if len(rows) else torch.zeros(0, *pools[0].controls.shape[1:])
-        reals.append(Real(images, torch.from_numpy(target[rows])))
-    train = pools[0].only([name for name in compounds if name not in set(hold_out)])
-    return Data(train, pools[1], reals[0], reals[1], scale, sorted(hold_out), [*labelled.notes, *notes])
+    return _Rows(table, target, control, usable, _training_rows(table, seed), labelled.notes)
 
 
 def usable_compounds(

@@ -98,6 +98,23 @@ class Judge:
         return (value * self.weights).sum(-1)
 
 
+def fitted(assay: Assay, real: Real, scale: float) -> tuple[Assay, list[str]]:
+    """The assay that images of another pixel size are judged by, and notes about it: `matched` where they are resampled
+    and real images are there, else the assay as it is. Whoever trains and whoever selects judges by this one."""
+    if scale == 1:
+        return assay, []
+    if max(real.target.bincount(minlength=len(assay.classes)).tolist()) < MIN_IMAGES:
+        return assay, [
+            f"images are resampled by {scale:g} for assay {assay.name}, and there are no real images to measure its "
+            "statistics anew at that pixel size: some targets may be out of reach"
+        ]
+    changed, short = matched(assay, real, scale)
+    return changed, [
+        f"images are resampled by {scale:g} for assay {assay.name}: its statistics were measured anew on "
+        "real training images, resampled alike" + (f", but not of {', '.join(short)}" if short else "")
+    ]
+
+
 def matched(assay: Assay, real: Real, scale: float) -> tuple[Assay, list[str]]:
     """The assay with its statistics measured anew on real images at the generator's pixel size, and the classes that
     keep the assay's own because fewer than 20 images are there.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from biorewards.io.tables import write_text
-from rl.evaluation import Drawn, Evaluation, Line, alarms
+from rl.evaluation import Drawn, Evaluation, Line, alarms, gained
 from rl.lora import merged_state
 from rl.monitor import Journal
 from rl.nft import Learner, Settings
@@ -91,10 +91,11 @@ def train(
         write_text(out / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
     for warning in settings.warnings:
         journal.say(f"warning: {warning}")
-    judged = Watched(
-        learner, Evaluation(data, judge, settings.seed, settings.rollout_steps, schedule.images, settings.micro_batch,
-                            held_out or {}), journal, out, schedule, progress, {**(about or {}), **asdict(settings)},
+    evaluation = Evaluation(
+        data, judge, settings.seed, settings.rollout_steps, schedule.images, settings.micro_batch, held_out or {},
+        accelerator.autocast,
     )  # fmt: skip
+    judged = Watched(learner, evaluation, journal, out, schedule, progress, {**(about or {}), **asdict(settings)})
     if not learner.step:
         judged.anchors(sampler)
         judged.evaluate()
@@ -185,6 +186,8 @@ class Watched:
         if accelerator.is_main_process:
             line, drawn = self.evaluation(learner.average, accelerator.device)
             line["alarms"] = alarms(line, self.first, self.real) if self.first else []
+            if learner.step:
+                line |= self.evaluation.gains(drawn, self._of_the_base(drawn))
             self.journal.log("eval", learner.step, line)
             self.progress["alarmed"] = self.progress["alarmed"] + 1 if line["alarms"] else 0
             if line["total"] > self.progress["best"]:
@@ -209,17 +212,23 @@ class Watched:
         """Write the HTML page."""
         write_report(self.out, self.journal.lines, self.evaluation.judge, self.about)
 
-    def _picture(self, drawn: Drawn) -> None:
+    def _of_the_base(self, drawn: Drawn) -> Drawn:
+        """The evaluation images of the base, drawn again in a resumed run."""
         if self.base is None:
             device = self.learner.accelerator.device
-            self.base = drawn if not self.learner.step else self.evaluation.draw(self.learner.base, device)
-        write_grid(self.out, self.learner.step, self.evaluation, self.base, drawn)
+            self.base = self.evaluation(self.learner.base, device)[1] if self.learner.step else drawn
+        return self.base
+
+    def _picture(self, drawn: Drawn) -> None:
+        write_grid(self.out, self.learner.step, self.evaluation, self._of_the_base(drawn), drawn)
 
 
 def _told(step: int, line: Line, first: Line, real: Line) -> str:
     parts = [f"evaluation at step {step}: total {line['total']:.2f}"]
     if step:
-        parts.append(f"(base {first['total']:.2f}" + (f", real {real['total']:.2f})" if real else ")"))
+        parts.append(
+            f"({gained(line, 'total')} to base {first['total']:.2f}" + (f", real {real['total']:.2f})" if real else ")")
+        )
     elif real:
         parts.append(f"(real images {real['total']:.2f})")
     if math.isfinite(line["distance"]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from biorewards.audit.distances import Moments, frechet, moments
+from biorewards.audit.pixels import pixel_features
 from biorewards.rewards import MEASURES
 
 if TYPE_CHECKING:
@@ -23,39 +23,8 @@ if TYPE_CHECKING:
     from rl.pool import Real
     from rl.rewards import Judged
 
-#: Rings of the power spectrum, from coarse to fine.
-BANDS = 5
 #: A pixel is dark when no channel exceeds this share of the assay's range.
 DARK = 0.1
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
-
-
-def pixel_features(images: Tensor) -> Tensor:
-    """(B, C, H, W) in [0, 1] to (B, D): of each channel mean, spread, four quantiles and the log power of five rings of
-    its spectrum; correlations between channels. D = 11 C + C (C - 1) / 2."""
-    x = images.float()
-    flat = x.flatten(2)
-    centred = flat - flat.mean(2, keepdim=True)
-    spread = centred.square().mean(2).sqrt()
-    quantiles = torch.quantile(flat, torch.tensor(QUANTILES, device=x.device), 2).permute(1, 2, 0)
-    height, width = x.shape[2:]
-    power = torch.fft.rfft2(centred.view_as(x), norm="ortho").abs().square()
-    ring = torch.sqrt(torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.rfftfreq(width)[None] ** 2).to(x.device)
-    edges = torch.logspace(math.log10(1 / min(height, width)), math.log10(0.5), BANDS + 1, device=x.device)
-    edges[-1] = 1.0
-    rings = [power[..., (ring >= a) & (ring < b)].mean(-1) for a, b in pairwise(edges)]
-    levels = [torch.log(band + 1e-6) for band in rings]
-    unit = centred / (spread[..., None] + 1e-4)
-    joint = torch.einsum("bcp,bdp->bcd", unit, unit) / flat.shape[2]
-    upper = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
-    parts = [
-        flat.mean(2),
-        spread,
-        quantiles.flatten(1),
-        torch.stack(levels, 2).flatten(1),
-        joint[:, upper[0], upper[1]],
-    ]
-    return torch.cat(parts, 1).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)

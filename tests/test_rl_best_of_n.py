@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+import generators
+from biorewards.phantom import render_dataset
+from biorewards.rewards import suite
 from generators.cellflux import CellFlux
 from generators.solvers import Solver
 from rl.best_of_n import Prompts, Selected, _from, best_of_n, counted, curve, selection_weights
 from rl.policy import streams
+from rl.rewards import Judge
+from tests.bundled import bundled
 from tests.rl_toys import COMPOUNDS, CONTROL, Line, judge
 
 
@@ -139,3 +144,22 @@ def test_what_makes_no_sense_is_refused() -> None:
                           ({"n": 4, "method": "search", "reach": 2.0}, "between 0 and 1")):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             best_of_n(Line(), judge(), prompts(), **options)  # type: ignore[arg-type]
+
+
+def test_the_bundled_model_gains_with_every_doubling_of_n() -> None:
+    """On phantoms that it has not seen; and what is kept scores what the pool says, judged again on its own."""
+    crops = render_dataset(65, size=48, seed=11)
+    images = torch.from_numpy(crops.images).permute(0, 3, 1, 2).float() / 255
+    controls = images[(crops.rows["STATE"] == "control").to_numpy()][:4]
+    assay = bundled("phantom")
+    names = ["carboxen", "epotasel", "kinespar", "tasumide"]
+    target = torch.tensor([assay.classes.index(assay.compounds[name]) for name in names])
+    again = Judge(suite(assay), assay, scale=2.0)
+    found = best_of_n(
+        generators.load("cellflux", generators.MINI_CELLFLUX), again, Prompts(controls, names, target), 4, steps=3
+    )
+    table = curve(found, again.names)
+    assert table["n"].tolist() == [1, 2, 4] and (table["total"].diff()[1:] > 0.2).all()
+    rescored = again.total(again(found.image, target).value)
+    assert torch.allclose(rescored, found.total.amax(1), atol=1e-3)
+    assert found.passes == 4 * 3 * 2  # four samples of three guided Euler steps

@@ -20,9 +20,12 @@ from biorewards.io.manifest import read_manifest
 from biorewards.io.reading import plan_reading
 from biorewards.phantom import write_dataset
 from biorewards.reward import Score
+from biorewards.rewards import suite
 from cli.main import run
+from cli.rl import load_policy, read
 from generators.cellflux import CellFlux
-from rl.pool import read_data
+from rl.pool import read_data, read_real
+from rl.rewards import Judge, fitted
 
 TWO = ["paxelone", "carboxen"]
 
@@ -150,8 +153,18 @@ def test_errors_say_what_to_do(
     assert text in capsys.readouterr().err
 
 
+def test_hacking_corner_warns_on_the_command_line(
+    phantom: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corner = ["--lag", "none", "--kl-weight", "0.001", "--steps", "1", "--rewards", "moa"]
+    assert rl(checkpoint, phantom, tmp_path / "run", *corner) == 0
+    assert "warning: lag=none" in capsys.readouterr().err
+
+
 def test_missing_arguments(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["rl", "--generator", "impa"]) == 2 and "needs its --checkpoint" in capsys.readouterr().err
+    assert run(["rl", "--generator", "impa"]) == 2
+    said = capsys.readouterr().err
+    assert "needs its --checkpoint" in said and "biorewards best-of" in said
     assert run(["rl", "--checkpoint", str(checkpoint)]) == 2 and "needs --controls" in capsys.readouterr().err
 
 
@@ -232,6 +245,31 @@ def test_best_of_any_generator(phantom: Path, tmp_path: Path, capsys: pytest.Cap
     assert best_of(out, phantom, *gan) == 2 and "not empty" in capsys.readouterr().err
     assert best_of(tmp_path / "b", phantom, *gan, "--method", "search") == 2
     assert "method=random" in capsys.readouterr().err
+
+
+def test_rl_and_best_of_judge_alike(phantom: Path, checkpoint: Path) -> None:
+    """One fingerprint, and statistics that are not those of the assay's own pixel size, whatever the seed."""
+    own, _ = load_policy("cellflux", str(checkpoint), {}, 1)
+    given = dict.fromkeys(("assay_name", "pixel_size", "hold_out", "compounds"))
+    data, trained_by, _ = read(phantom, given, own, seed=0)
+    assay, found = Assay.load("phantom"), read_manifest(phantom)
+    reader = plan_reading(found, assay)
+    selected_by, notes = fitted(assay, read_real(found, reader, assay, seed=5)[0], reader.scale)
+    assert reader.scale == data.scale == 2 and "anew" in notes[0]
+    assert (
+        Judge(suite(selected_by), selected_by, scale=2).fingerprint
+        == Judge(suite(trained_by), trained_by, scale=2).fingerprint
+    )
+    assert selected_by.fingerprint != assay.fingerprint
+    same, none = fitted(assay, data.real, 1.0)
+    assert same is assay and none == []
+
+
+def test_best_of_says_by_what_it_judges(phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gan = ["--generator", "tests.test_rl_cli:load", "--checkpoint", "none", "--n", "1"]
+    assert best_of(tmp_path / "kept", phantom, *gan) == 0
+    said = capsys.readouterr()
+    assert "its statistics were measured anew" in said.err or "no real images to measure" in said.err
 
 
 def test_best_of_a_flow_by_search(checkpoint: Path, phantom: Path, tmp_path: Path) -> None:

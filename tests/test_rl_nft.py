@@ -167,6 +167,26 @@ def test_policies_start_equal_even_with_dropout() -> None:
     assert all(module.training for module in flux.net.modules()), "the caller's network is left as it was"
 
 
+def test_adapters_start_at_the_base_and_merge_into_a_plain_network() -> None:
+    pytest.importorskip("peft", reason="adapters need the extra `lora`")
+    from rl.lora import merged_state
+
+    torch.manual_seed(0)
+    flux = CellFlux.create(compounds=COMPOUNDS, channels=1, width=8, mult=(1, 2), blocks=1, attention=())
+    for p in flux.net.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    made = learner(flux, kl_weight=0.1, rollouts=3, learning_rate=1e-2, lora_rank=2)
+    assert sum(p.numel() for p in made.parameters) < sum(p.numel() for p in flux.net.parameters())
+    first, second = made.advance(), made.advance()
+    assert first["kl"] == first["drift_old"] == 0.0 and second["kl"] > 0
+    plain = copy.deepcopy(flux.net)
+    plain.load_state_dict(merged_state(made.trained.net))
+    x, t, c = torch.randn(2, 1, 4, 4), torch.tensor([0.3, 0.6]), made.trained.embed(COMPOUNDS)
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x, t, c), made.trained.net(x, t, c), atol=1e-5)
+        assert not torch.allclose(plain(x, t, c), flux.net.eval()(x, t, c), atol=1e-5)
+
+
 def test_base_is_frozen_and_the_lagged_policy_lags() -> None:
     made = learner(lag="0.75")
     made.advance()
@@ -184,6 +204,25 @@ def test_rollouts_come_from_the_lagged_policy_and_do_not_depend_on_the_batch() -
     small = learner(micro_batch=5)
     small.old.net.by.data += 0.2
     assert torch.equal(small.rollout(small.pool.groups(0, 0, 4), _Clock()).image, one.image)
+
+
+def test_rollouts_of_a_group_are_trained_with_one_time_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = learner(groups=2, rollouts=3), []
+
+    def spy(*given: Any, **options: Any) -> Any:
+        seen.append((given[3], given[4]))
+        return nft_loss(*given, **options)
+
+    monkeypatch.setattr("rl.nft.nft_loss", spy)
+    rolled = made.rollout(made.pool.groups(0, 0, 2), _Clock())
+    made.update(rolled, torch.full((6,), 0.7), torch.arange(6), 0)
+    for u, t in seen:
+        sources = (rolled.image - u).view(2, 3, -1)
+        assert torch.allclose(sources, sources[:, :1].expand_as(sources), atol=1e-6)
+        assert torch.equal(t.view(2, 3), t.view(2, 3)[:, :1].expand(2, 3)) and t[0] != t[3]
+    assert len(seen) == 2 and not torch.equal(seen[0][1], seen[1][1]), "another time each"
+    own = rolled.source.view(2, 3, -1)
+    assert not torch.allclose(own[:, 0], own[:, 1]), "rollouts themselves differ"
 
 
 class _Clock:
