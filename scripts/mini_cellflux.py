@@ -1,7 +1,7 @@
 """Train the bundled mini CellFlux on the phantom and ship it: python scripts/mini_cellflux.py --work mini
 
 Draws 12,000 phantom crops of 48 px (`biorewards phantom`), pre-trains a 1.7 M-parameter CellFlux on its training plates
-and writes the averaged weights, float16, to generators/assets/. About an hour on one CPU core with bfloat16, minutes
+and writes the averaged weights, float16, to generators/assets/. Some 70 minutes on one CPU core of its own with bfloat16, minutes
 on a GPU. Kill it and start it again as often as needed: it goes on from its last save and ends at the same weights.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     """Draw, train, ship."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the images and the run")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--threads", type=int, default=1, help="results are those of the log with 1")
     parser.add_argument("--ship", action="store_true", help="also write generators/assets/ and scripts/mini_cellflux/")
     args = parser.parse_args()

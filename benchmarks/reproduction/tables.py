@@ -97,11 +97,12 @@ class Tables:
         """metric -> [value, low, high]; spread: measure -> ratio; seeds."""
         if (found := self.values(stem, n)) is None:
             return None
-        values, ratios = found
-        told = interval(draws(values, self.weight[id(self.where(stem))], stem))
-        spread = {key: round(float(np.nanmean([r[key] for r in ratios])), 3) for key in ratios[0]}
-        return {**dict(zip(self.columns, told, strict=True)), "spread": spread, "seeds": len(values),
-                "images": values.shape[1]}  # fmt: skip
+        every, ratios = found
+        told = interval(draws(every, self.weight[id(self.where(stem))], stem))
+        known = {key: [r[key] for r in ratios if np.isfinite(r[key])] for key in ratios[0]}
+        spread = {key: round(float(np.mean(values)), 3) for key, values in known.items() if values}
+        return {**dict(zip(self.columns, told, strict=True)), "spread": spread, "seeds": len(every),
+                "images": every.shape[1]}  # fmt: skip
 
     def difference(self, first: str, second: str) -> dict[str, Any] | None:
         """metric -> [difference, low, high], paired over plates and controls."""
