@@ -249,7 +249,7 @@ def effects() -> tuple[pd.DataFrame, pd.DataFrame]:
     ("measure", "within", "rank"),
     [
         ("nucleus_area", 0.12, 0.9),
-        ("cell_area", 0.12, 0.9),
+        ("cell_area", 0.125, 0.9),
         ("dapi", 0.12, 0.85),
         ("actin", 0.15, 0.9),
         ("tubulin", 0.15, 0.9),
