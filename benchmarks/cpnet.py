@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biorewards.assay import Assay
+from biorewards.memory import keep_freed_memory
 from biorewards.phantom import render_dataset
 from biorewards.regions import measure_regions
 from biorewards.segmentation.cpnet import CHUNK, NUCLEUS_DIAMETER, CPnetSegmenter, cellpose_normalise, load_cpnet
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # for both sides
     assay = Assay.load("phantom")
     images = torch.from_numpy(np.moveaxis(render_dataset(args.crops, 96, 5).images, -1, 1).copy()).float() / 255
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ import torch
 
 from biorewards.assay import Assay
 from biorewards.io.manifest import read_manifest
+from biorewards.memory import keep_freed_memory
 from biorewards.phantom import write_dataset
 from biorewards.rewards import suite
 from biorewards.scoring import score_folder
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     process = psutil.Process()
     marks = sorted({min(args.files, m) for m in (1000, 3000, 10_000, 20_000, 50_000, 100_000, 150_000, 200_000)})
     rows: list[dict[str, Any]] = []

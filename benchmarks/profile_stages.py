@@ -45,15 +45,12 @@ def stages(images: Tensor, files: list[Path], assay: Assay, batch: int) -> dict[
     ]
     small = [x.contiguous(memory_format=torch.channels_last) for x in small]
 
-    def label(flow: int, logit: int, outline: int, least: tuple[int, int]) -> Callable[[], Any]:
-        return lambda: [segmenter._label(r[flow], r[logit], r[outline], size, *least) for r in raw]
-
     return {
         "decode": lambda: [read_image(f, images.shape[1]) for f in files],
         "scale and resize": lambda: [(assay.normalised(p), _resized(x, side)) for p, x in pairs],
         "segmentation networks": lambda: [segmenter._forward(x) for x in small],
-        "nuclei from flows": label(0, 1, 2, (135, 29)),
-        "cells from flows": label(3, 4, 4, (385, 96)),
+        "nuclei from flows": lambda: [segmenter._label(r[0], r[1], r[2], size, 135, 29) for r in raw],
+        "cells from flows": lambda: [segmenter._cells(r[3], r[4], size, 385, 96) for r in raw],
         "regions": lambda: [(measure_regions(m.nuclei), measure_regions(m.cells)) for m in masks],
         "classifier": lambda: [assay.class_probabilities(p) for p in parts],
         "all seven rewards, images in memory": lambda: [judge(Batch(p, target[: len(p)], assay)) for p in parts],

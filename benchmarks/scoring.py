@@ -37,9 +37,11 @@ from torch import Tensor
 from biorewards.assay import Assay
 from biorewards.io.images import read_image
 from biorewards.io.manifest import read_manifest
+from biorewards.memory import keep_freed_memory
 from biorewards.phantom import write_dataset
 from biorewards.rewards import suite
 from biorewards.scoring import score_folder
+from biorewards.segmentation import load_segmenter
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
@@ -72,9 +74,16 @@ def contenders(data: Path, folder: str, assay: Assay, few: Tensor) -> dict[str, 
     }
 
 
+def judged_by(args: argparse.Namespace) -> Assay:
+    assay = Assay.load("phantom")
+    if args.segmenter is not None:
+        assay = assay.with_segmenter(load_segmenter(args.segmenter))
+    return assay.with_precision(args.precision)
+
+
 def compare(data: Path, files: list[Path], folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """Rates of every contender, and ratios of ours to the naive loops within one turn."""
-    assay = Assay.load("phantom")
+    assay = judged_by(args)
     few = torch.from_numpy(np.stack([read_image(f, 3) for f in files[: args.naive_crops]]))
     runs = contenders(data, folder, assay, few)
     many = {name: len(few) if name.startswith("naive") else len(files) for name in runs}
@@ -106,18 +115,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--naive-crops", type=int, default=300, help="crops that the naive loop gets (it is slow)")
     parser.add_argument("--profile", action="store_true", help="stages and batch sizes instead of the comparison")
+    parser.add_argument("--segmenter", help="weights of a compact network other than the bundled one")
+    parser.add_argument("--precision", default="float32", help="of the networks, with --profile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as `biorewards score` does; both sides of the comparison gain from it
     machine = {"processor": platform.machine(), "threads": args.threads, "torch": torch.__version__}
     result: dict[str, Any] = {"machine": machine, "crops": args.crops, "repeats": args.repeats}
+    result["segmenter"] = args.segmenter or "bundled"
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "crops"
         write_dataset(data, args.crops, 96, 5)
         files = sorted(data.rglob("*.npy"))[: args.crops]
         if args.profile:
             images = torch.from_numpy(np.stack([read_image(f, 3) for f in files]))
-            result["profile"] = profile(images, files, Assay.load("phantom"), args.repeats)
+            result["profile"] = profile(images, files, judged_by(args), args.repeats)
             print(table(result["profile"]))
         else:
             result |= compare(data, files, folder, args)

@@ -1,7 +1,10 @@
-"""How many crops fit: batch sizes from the memory that is free."""
+"""Batch sizes from the memory that is free, and freed memory that is kept for the next batch."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -35,3 +38,23 @@ def choose_batch_size(device: torch.device | str, pixels: int, at_once: int = 1)
     wanted = WANTED.get(torch.device(device).type, WANTED["cuda"])
     fit = int(SHARE * free_bytes(device) / (BYTES_A_PIXEL * pixels * at_once))
     return max(1, min(wanted, 1 << max(0, fit.bit_length() - 1)))
+
+
+#: Parameters of glibc's `mallopt` by the environment variables of the same meaning, and what they are set to, bytes:
+#: blocks up to 32 MiB (the most that it takes) come from the heap, which is handed back from 1 GiB on.
+_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": (-1, 1 << 30), "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20)}
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what a batch frees for the next one: without, a tenth of the time goes into page faults.
+
+    For the whole process, so it is for programs to call, not for the library. A variable of the same meaning in the
+    environment is left alone. Returns whether anything was set; other allocators are left as they are.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    taken = [mallopt(*pair) for name, pair in _MALLOPT.items() if name not in os.environ]
+    return any(taken)

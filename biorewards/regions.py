@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biorewards.lookup import look_up
+
 
 @dataclass(frozen=True)
 class Regions:
@@ -68,8 +70,9 @@ def measure_regions(labels: Tensor) -> Regions:
     begins[:, :, :1] = True
     at = begins.view(-1).nonzero().squeeze(1)  # every run, also of background
     ends = F.pad(at, (0, 1), value=labels.numel())[1:]
-    own = labels.reshape(-1)[at]
-    at, ends, own = at[own != 0], ends[own != 0], own[own != 0]
+    own = look_up(labels.reshape(-1), at)
+    some = own.nonzero().squeeze(1)
+    at, ends, own = (look_up(x, some) for x in (at, ends, own))
     if not len(at):
         return _table(torch.zeros(0, 9, dtype=torch.float64, device=labels.device), at, own.long(), n_images)
 
@@ -101,7 +104,7 @@ def measure_regions(labels: Tensor) -> Regions:
 def _run_sums(values: Tensor, at: Tensor, ends: Tensor) -> Tensor:
     """Sum of small integers over each run of pixels."""
     total = F.pad(values.reshape(-1).cumsum(0, dtype=torch.int64), (1, 0))
-    return total[ends] - total[at]
+    return look_up(total, ends) - look_up(total, at)
 
 
 def _keys(image: Tensor, label: Tensor) -> tuple[Tensor, int]:

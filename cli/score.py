@@ -104,12 +104,13 @@ def command(
     from biorewards.io.manifest import read_manifest
     from biorewards.io.reading import plan_reading
     from biorewards.io.tables import check_suffix, write_tables
-    from biorewards.memory import choose_batch_size
+    from biorewards.memory import choose_batch_size, keep_freed_memory
     from biorewards.scoring import BATCH_PIXELS, bad_rows, score_folder, summarise
     from biorewards.scoring_journal import discard
     from biorewards.segmentation import load_segmenter
     from cli.score_output import first_line, progress_bar, result_table
 
+    keep_freed_memory()
     written = [file for file in (out, objects, report) if file is not None]
     if len(set(written)) < len(written):
         raise click.UsageError("--out, --objects and --report need a file each")

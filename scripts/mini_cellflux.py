@@ -1,7 +1,7 @@
 """Train the bundled mini CellFlux on the phantom and ship it: python scripts/mini_cellflux.py --work mini
 
 Draws 12,000 phantom crops of 48 px (`biorewards phantom`), pre-trains a 1.7 M-parameter CellFlux on its training plates
-and writes the averaged weights, float16, to generators/assets/. Some 70 minutes on one CPU core of its own with bfloat16, minutes
+and writes the averaged weights, float16, to generators/assets/. Some 70 minutes on a CPU core of its own, minutes
 on a GPU. Kill it and start it again as often as needed: it goes on from its last save and ends at the same weights.
 """
 

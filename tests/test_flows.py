@@ -97,6 +97,39 @@ def test_flow_errors_equal_cellpose(expected: dict[str, np.ndarray], model: str,
     assert (off > 1e-6).sum() <= 1 and off.max() < 0.03
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 24, 25, 26, 60, 111])
+@pytest.mark.parametrize("images", [1, 5])
+def test_walking_far_is_walking_step_by_step(steps: int, images: int) -> None:
+    """Points that rest or go to and fro leave the walk early, and rows are shared out: no end may change by a bit."""
+    random = torch.Generator().manual_seed(images)
+    field = F.interpolate(torch.randn(images, 2, 5, 4, generator=random), (24, 19), mode="bilinear")
+    field[:, :, 12:] = field[:, :, 12:].round()  # whole steps: many go round in circles of two
+    image = torch.randint(0, images, (700,), generator=random).sort().values
+    image = image[image != 3]  # an image without points
+    y = torch.randint(0, 24, (len(image),), generator=random).float()
+    x = torch.randint(0, 19, (len(image),), generator=random).float()
+    far = follow(field, image, y, x, steps)
+    for _ in range(steps):
+        y, x = follow(field, image, y, x, 1)
+    assert torch.equal(far[0], y) and torch.equal(far[1], x)
+    back = follow(field, image, *follow(field, image, y, x, 1), 1)
+    assert (back[0] == y).float().mean() > 0.2, "this field tests nothing"
+
+
+@given(seed=st.integers(0, 10_000), threshold=st.sampled_from([0.1, 0.4, 1.0]))
+@settings(max_examples=15, deadline=None)
+def test_rough_flow_errors_lie_on_the_same_side(seed: int, threshold: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    labels = (F.interpolate(torch.rand(3, 1, 5, 6, generator=random), scale_factor=9.0)[:, 0] * 5).long()
+    ids = unique_ids(labels)
+    flows = 5 * flows_from_masks(labels) + torch.randn(3, 2, 45, 54, generator=random) * float(
+        4 * torch.rand(1, generator=random)
+    )
+    exact, rough = flow_errors(ids, flows), flow_errors(ids, flows, threshold)
+    assert torch.equal(exact <= threshold, rough <= threshold)
+    assert torch.equal(exact.isnan(), rough.isnan()) and float((exact - rough).nan_to_num().abs().max()) < 0.02
+
+
 def test_flows_of_a_disc_point_to_its_centre() -> None:
     labels = discs(41, [(20, 20)], 15)[None]
     flows = flows_from_masks(labels)[0]

@@ -32,3 +32,24 @@ def test_a_container_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path) -> 
     assert memory.free_bytes("cpu") == 40
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_bytes("cpu") > 10**6
+
+
+def test_freed_memory_is_kept_but_for_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Libc:
+        @staticmethod
+        def mallopt(key: int, value: int) -> int:
+            seen.append((key, value))
+            return 1
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Libc)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    for name in memory._MALLOPT:
+        monkeypatch.delenv(name, raising=False)
+    assert memory.keep_freed_memory() and sorted(key for key, _ in seen) == [-3, -1]
+    seen.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert memory.keep_freed_memory() and [key for key, _ in seen] == [-3]
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())  # a libc without mallopt
+    assert not memory.keep_freed_memory()

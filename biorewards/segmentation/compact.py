@@ -24,11 +24,17 @@ STRIDE = 8
 TILE, OVERLAP = 512, 64
 #: Unit steps a pixel may walk at the working scale: the largest cells are about 120 px across there.
 STEPS = 256
+#: Walks that must end in a bin for a seed, and to belong to a seed's surroundings (Cellpose's).
+SEED_PIXELS, BIN_PIXELS = 10, 2
 #: Smallest objects kept, as shares of the area of a nucleus of the expected diameter. Smaller ones are micronuclei
 #: and debris, or scraps of cytoplasm; at the image's border they are what is left of a larger object.
 MIN_NUCLEUS, MIN_CELL = 0.14, 0.6
 MIN_NUCLEUS_AT_BORDER, MIN_CELL_AT_BORDER = 0.03, 0.1
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "compact.safetensors"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -49,6 +55,8 @@ class CompactSegmenter:
     def __init__(self, net: CompactNet, fingerprint: str) -> None:
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.weights_fingerprint = fingerprint
+        #: Working pixels to a side of a pixel of the cell flows.
+        self.grain = 2 if net.cell_widths else 1
         #: Off: predicted flows are short where the networks are unsure, and the check at 0.4 costs good masks.
         self.flow_threshold = 0.0
 
@@ -69,9 +77,9 @@ class CompactSegmenter:
             notes = file.metadata() or {}
             if "widths" not in notes:
                 raise ValueError(f"{path} holds no compact network; `scripts/segmenter/train.py` writes one")
-            widths, evidence = (tuple(int(w) for w in notes[key].split(",")) for key in ("widths", "evidence_widths"))
+            widths, evidence, cells = (_numbers(notes.get(f"{key}widths", "")) for key in ("", "evidence_", "cell_"))
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
-        net = CompactNet(widths, evidence)
+        net = CompactNet(widths, evidence, cells)
         net.load_state_dict(state, strict=True)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         return cls(fold_batch_norm(net.eval()), f"compact-{digest}")  # type: ignore[arg-type]
@@ -89,7 +97,9 @@ class CompactSegmenter:
         size = (given.shape[-2], given.shape[-1])
         nothing = torch.zeros((len(given), *size), dtype=torch.int32, device=given.device)
         scale = WORKING_DIAMETER / diameter
-        small = (max(STRIDE, round(size[0] * scale)), max(STRIDE, round(size[1] * scale)))
+        # Even where cell flows come at half the scale, so that their grid covers the same area.
+        unit = self.grain
+        small = (max(STRIDE, unit * round(size[0] * scale / unit)), max(STRIDE, unit * round(size[1] * scale / unit)))
         disc = math.pi / 4 * diameter**2
         pairs = ((MIN_NUCLEUS, MIN_NUCLEUS_AT_BORDER), (MIN_CELL, MIN_CELL_AT_BORDER))
         least = [(round(inside * disc), round(border * disc)) for inside, border in pairs]
@@ -101,7 +111,7 @@ class CompactSegmenter:
         dna = torch.zeros_like(cytoplasm[:, :1]) if nucleus is None else nucleus[:, None]
         n_flow, n_logit, fine, c_flow, c_logit = self._run(small, dna, cytoplasm)
         nuclei = nothing if nucleus is None else self._label(n_flow, n_logit, fine, size, *least[0])
-        return Masks(nuclei, self._label(c_flow, c_logit, c_logit, size, *least[1]))
+        return Masks(nuclei, self._cells(c_flow, c_logit, size, *least[1]))
 
     def _run(self, small: tuple[int, int], dna: Tensor, cytoplasm: Tensor | None) -> list[Tensor]:
         """Resize, pad to the stride with the edge's own values, run, crop: flow, logit and outline (B, c, h, w)."""
@@ -110,7 +120,7 @@ class CompactSegmenter:
             if cytoplasm is not None:
                 x = torch.cat([x, resize(cytoplasm, small)], 1)
             pad_y, pad_x = -small[0] % STRIDE, -small[1] % STRIDE
-            top, left = pad_y // 2, pad_x // 2
+            top, left = (pad // (2 * self.grain) * self.grain for pad in (pad_y, pad_x))
             x = F.pad(x, (left, pad_x - left, top, pad_y - top), mode="replicate").contiguous(
                 memory_format=torch.channels_last
             )
@@ -130,18 +140,39 @@ class CompactSegmenter:
             return torch.cat([flow, logit[:, None], outline], 1)
         out = self.net(x[:, :4], x[:, 4:])
         planes = (out.nucleus_flow, out.nucleus_logit[:, None], out.nucleus_outline)
-        return torch.cat([*planes, out.cell_flow, out.cell_logit[:, None]], 1)
+        cell_flow = out.cell_flow
+        if self.grain > 1:
+            cell_flow = F.interpolate(cell_flow, scale_factor=float(self.grain), mode="nearest")
+        return torch.cat([*planes, cell_flow, out.cell_logit[:, None]], 1)
+
+    def _cells(self, flow: Tensor, logit: Tensor, size: tuple[int, int], least: int, least_at_border: int) -> Tensor:
+        if self.grain == 1:
+            return self._label(flow, logit, logit, size, least, least_at_border)
+        flow, coarse = (F.avg_pool2d(x, self.grain) for x in (flow, logit))
+        return self._label(flow, coarse, logit, size, least, least_at_border, self.grain)
 
     def _label(
-        self, flow: Tensor, logit: Tensor, outline: Tensor, size: tuple[int, int], least: int, least_at_border: int
+        self,
+        flow: Tensor,
+        logit: Tensor,
+        outline: Tensor,
+        size: tuple[int, int],
+        least: int,
+        least_at_border: int,
+        grain: int = 1,
     ) -> Tensor:
-        """Labels (B, H, W) from flow (B, 2, h, w), logit (B, 1, h, w) and a logit for the outlines (B, 1, any, any)."""
+        """Labels (B, H, W) from flow (B, 2, h, w), logit (B, 1, h, w) and a logit for the outlines (B, 1, any, any).
+
+        grain: working pixels to a side of a pixel of the flow grid; fewer walks then make a seed.
+        """
         outline = F.interpolate(outline, size, mode="bilinear", align_corners=False)[:, 0]
         return masks_from_flows(
             flow,
             logit[:, 0],
-            steps=STEPS,
+            steps=STEPS // grain,
             method="doubling",
+            seed_pixels=SEED_PIXELS // grain**2,
+            bin_pixels=BIN_PIXELS // grain**2,
             outline_logit=outline,
             min_size=least_at_border,
             min_size_inside=least,

@@ -1,8 +1,8 @@
-"""Cellpose 1 to 3: any official weight file, as one network class, and the segmenter that runs it in batches.
+"""Cellpose 1 to 3: any official weight file, and the segmenter that runs it in batches.
 
-The network (Stringer et al. 2021) is a U-Net of residual blocks with pre-activation units; its widths are read
-from the weight file. Input is two channels (cytoplasm, nucleus), or (nucleus, zeros) for a nuclei network; output
-is 5 x flow (Y, X) and a logit. With Cellpose's own settings the masks are those of Cellpose 3.1.1.3 on CPU.
+The widths of the network (`cpnet_network`) are read from the file. Input is two channels (cytoplasm, nucleus), or
+(nucleus, zeros) for a nuclei network; output is 5 x flow (Y, X) and a logit. With Cellpose's own settings the masks
+are those of Cellpose 3.1.1.3 on CPU.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from biorewards.segmentation.cpnet_network import CELL_DIAMETER, NUCLEUS_DIAMETER, CPnet
 from biorewards.segmentation.flows import masks_from_flows
 from biorewards.segmentation.segmenter import Masks, percentile_range
 from biorewards.segmentation.tiling import tiled
 
-#: Diameters that the official networks were trained at, px.
-NUCLEUS_DIAMETER, CELL_DIAMETER = 17.0, 30.0
 #: Cellpose's tiles: side, px, and the overlap that its rule of 1.2 tiles a side gives.
 TILE, OVERLAP = 224, 224 - 224 / 1.2
 #: Images that networks and flows handle at once on a CPU: walks of 64 crops fall out of the cache and take 1.5 times as
 #: long as those of 16. Other devices get the whole batch.
 CHUNK = 16
+
+__all__ = ["CELL_DIAMETER", "NUCLEUS_DIAMETER", "CPnet", "CPnetSegmenter", "load_cpnet", "network_output"]
 
 log = logging.getLogger("biorewards")
 
@@ -41,82 +42,6 @@ def licence_notice() -> None:
         "partly on CC-BY-NC images, and its authors leave open what that means for commercial use "
         "(github.com/MouseLand/cellpose issue 192). Weights that you trained on your own images are not affected."
     )
-
-
-def _unit(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
-
-
-def _projection(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 1))
-
-
-class _StyledUnit(nn.Module):
-    def __init__(self, width: int, style: int) -> None:
-        super().__init__()
-        self.full = nn.Linear(style, width)
-        self.conv = _unit(width, width)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        return self.conv(x + self.full(style)[:, :, None, None])  # type: ignore[no-any-return]
-
-
-class _Down(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = nn.ModuleDict({f"conv_{t}": _unit(outputs if t else inputs, outputs) for t in range(4)})
-        self.proj = _projection(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x) + self.conv["conv_1"](self.conv["conv_0"](x))
-        return x + self.conv["conv_3"](self.conv["conv_2"](x))  # type: ignore[no-any-return]
-
-
-class _Up(nn.Module):
-    def __init__(self, inputs: int, outputs: int, style: int) -> None:
-        super().__init__()
-        styled = {f"conv_{t}": _StyledUnit(outputs, style) for t in (1, 2, 3)}
-        self.conv = nn.ModuleDict({"conv_0": _unit(inputs, outputs), **styled})
-        self.proj = _projection(inputs, outputs)
-
-    def forward(self, x: Tensor, skip: Tensor, style: Tensor) -> Tensor:
-        x = self.proj(x) + self.conv["conv_1"](self.conv["conv_0"](x) + skip, style)
-        return x + self.conv["conv_3"](self.conv["conv_2"](x, style), style)  # type: ignore[no-any-return]
-
-
-class CPnet(nn.Module):
-    """The Cellpose 1-3 network. widths: channels of the input and of each level, official (2, 32, 64, 128, 256).
-
-    Module names are those of the official files. `diam_mean`: object diameter the network works at, px;
-    `diam_labels`: mean diameter of its training objects, px; (1,) each.
-    """
-
-    def __init__(self, widths: tuple[int, ...] = (2, 32, 64, 128, 256)) -> None:
-        super().__init__()
-        levels = len(widths) - 1
-        ups = [*widths[1:], widths[-1]]
-        self.stride = 2 ** (levels - 1)
-        downs = {f"res_down_{n}": _Down(widths[n], widths[n + 1]) for n in range(levels)}
-        self.downsample = nn.ModuleDict({"down": nn.ModuleDict(downs)})
-        blocks = {f"res_up_{n}": _Up(ups[n + 1], ups[n], widths[-1]) for n in range(levels)}
-        self.upsample = nn.ModuleDict({"up": nn.ModuleDict(blocks)})
-        self.output = _unit(widths[1], 3, 1)
-        self.diam_mean = nn.Parameter(torch.full((1,), CELL_DIAMETER), requires_grad=False)
-        self.diam_labels = nn.Parameter(torch.full((1,), CELL_DIAMETER), requires_grad=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 2, H, W) float32, sides multiples of `stride` -> (B, 3, H, W) flow Y, flow X, logit; (B, S) style."""
-        skips: list[Tensor] = []
-        for block in self.downsample["down"].values():  # type: ignore[operator]
-            skips.append(block(F.max_pool2d(skips[-1], 2) if skips else x))
-        style = F.normalize(skips[-1].mean((2, 3)))
-        x = skips[-1]
-        up = self.upsample["up"]
-        for n in reversed(range(len(skips))):
-            if n < len(skips) - 1:
-                x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = up[f"res_up_{n}"](x, skips[n], style)  # type: ignore[index]
-        return self.output(x), style
 
 
 def load_cpnet(path: str | Path) -> CPnet:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biorewards.lookup import highest_near, look_up
 from biorewards.segmentation.flow_targets import flow_errors
 from biorewards.segmentation.holes import fill_holes as fill
 
@@ -82,11 +83,12 @@ def masks_from_flows(
             raise ValueError(f"outline_logit {tuple(outline_logit.shape)}: expected ({n_images}, H, W)")
         outline = outline_logit > threshold
         # Outline pixels may start up to one flow pixel outside the flow grid's own foreground.
-        walkable = F.max_pool2d(foreground.float(), 3, 1, 1) > 0
+        walkable = highest_near(foreground)
     field = flows.float() / 5 * walkable[:, None]
     sink = _sinks(field, walkable, steps, doubling=method == "doubling")
-    basin, n_seeds = _basins(sink[foreground.view(-1)], (n_images, height, width), seed_pixels, bin_pixels)
-    own = basin[sink]
+    ends = sink.masked_select(foreground.reshape(-1))
+    basin, n_seeds = _basins(ends, (n_images, height, width), seed_pixels, bin_pixels)
+    own = look_up(basin, sink)
     if outline_logit is not None:
         own = _on_finer_grid(own.view(foreground.shape), field, outline)
     own = own * outline.reshape(-1)
@@ -94,12 +96,11 @@ def masks_from_flows(
     keep = sizes >= min_size
     if max_size_fraction is not None:
         keep &= sizes <= max_size_fraction * outline[0].numel()
-    labels = (torch.arange(n_seeds + 1, device=own.device) * keep)[own]
-    labels = labels.view(outline.shape)
+    labels = _kept(own, keep).view(outline.shape)
     if flow_threshold > 0 and n_seeds:
         native = flows if outline_logit is None else F.interpolate(flows.float(), outline.shape[1:], mode="bilinear")
-        error = flow_errors(labels, native)
-        labels = labels * (error <= flow_threshold)[labels]  # error is NaN, so never kept, for absent ids
+        error = flow_errors(labels, native, flow_threshold)
+        labels = _kept(labels, error <= flow_threshold)  # error is NaN, so never kept, for absent ids
     if fill_holes:
         labels = fill(labels)
     if fill_holes or min_size_inside > min_size:
@@ -110,8 +111,13 @@ def masks_from_flows(
             for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
                 at_border[edge.reshape(-1)] = True
             keep |= at_border & (sizes >= min_size)
-        labels = labels * keep[labels]
+        labels = _kept(labels, keep)
     return renumber(labels)
+
+
+def _kept(labels: Tensor, keep: Tensor) -> Tensor:
+    """Labels (...) int64 with 0 for those that `keep` (largest id + 1,) says no to."""
+    return look_up(torch.arange(len(keep), device=keep.device) * keep, labels)
 
 
 def follow(field: Tensor, image: Tensor, y: Tensor, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -120,25 +126,50 @@ def follow(field: Tensor, image: Tensor, y: Tensor, x: Tensor, steps: int) -> tu
     field: (B, 2, h, w) float32, step per pixel, order Y, X. image: (P,) int64, ascending. y, x: (P,) float32,
     px, pixel centres at integers. Each step is p <- clip(p + field(p), 0, side - 1). Returns the final y, x.
     """
-    y, x = y.clone(), x.clone()
-    moving = torch.arange(len(image), device=image.device)
+    end = torch.stack([x, y], 1)  # grid_sample wants X before Y
+    field = field.flip(1)
+    moving, at = torch.arange(len(image), device=image.device), end
     while steps > 0 and len(moving):
-        own = image[moving]
-        many = torch.bincount(own, minlength=len(field))
-        place = torch.arange(len(own), device=own.device) - (many.cumsum(0) - many)[own]
-        point = field.new_zeros(len(field), 2, int(many.max()))
-        point[own, 0, place], point[own, 1, place] = y[moving], x[moving]
-        before = _walk(field, point, min(steps, STEPS_PER_ROUND) - 1)
-        point = _walk(field, before, 1)
-        steps -= STEPS_PER_ROUND
-        y[moving], x[moving] = point[own, 0, place], point[own, 1, place]
-        moving = moving[(point != before).any(1)[own, place]]
-    return y, x
+        length, place, of_row = _rows(image, field)
+        own = field if of_row is None else field.index_select(0, of_row)
+        point = field.new_zeros(len(own) * length, 2).index_copy_(0, place, at).view(len(own), length, 2)
+        point = point.mT[:, :, None]
+        earlier = _steps(own, point, max(0, min(steps, STEPS_PER_ROUND) - 2))
+        before = _steps(own, earlier, 1) if steps > 1 else earlier
+        point = _steps(own, before, 1)
+        steps = max(0, steps - STEPS_PER_ROUND)
+        # Who stands still, or goes back and forth between two places, ends where the steps that are left lead.
+        circling = (point == earlier).all(1, keepdim=True)
+        last = torch.where(circling, before, point) if steps % 2 else point
+        at = last[:, :, 0].mT.reshape(-1, 2).index_select(0, place)
+        end.index_copy_(0, moving, at)
+        on = look_up(~circling.view(-1), place).nonzero().squeeze(1)
+        moving, image, at = look_up(moving, on), look_up(image, on), at.index_select(0, on)
+    return end[:, 1], end[:, 0]
 
 
-def _walk(field: Tensor, point: Tensor, steps: int) -> Tensor:
-    """`follow` for equally many points an image: point (B, 2, P), order Y, X, px."""
-    field, point = field.flip(1), point.flip(1)[:, :, None]  # grid_sample wants X before Y
+def _rows(image: Tensor, field: Tensor) -> tuple[int, Tensor, Tensor | None]:
+    """Points of the images (P,), ascending, dealt out to rows of equal length, each of one image.
+
+    Images differ in how many points they have, more so as points come to rest: a row an image would be half empty.
+    Returns the rows' length, the place of each point in them, and the image of each row (None: a row an image).
+    """
+    many = torch.bincount(image, minlength=len(field))
+    most = many.amax()
+    if len(field) > 1:  # rows have a copy of their image's field, so they are not short
+        most = most.clamp(max=max(len(image) // (4 * len(field)), field[0, 0].numel() // 8))
+    rows = (many + most - 1) // most
+    length, n_rows = torch.stack([most, rows.sum()]).tolist()
+    first = (rows.cumsum(0) - rows) * length - many.cumsum(0) + many
+    place = torch.arange(len(image), device=image.device) + look_up(first, image)
+    if len(field) == 1:
+        return length, place, None
+    images = torch.arange(len(field), device=image.device)
+    return length, place, torch.repeat_interleave(images, rows, output_size=n_rows)
+
+
+def _steps(field: Tensor, point: Tensor, steps: int) -> Tensor:
+    """So many steps of equally many points an image: field (B, 2, h, w), point (B, 2, 1, P), order X, Y, px."""
     limit = torch.tensor([side - 1.0 for side in field.shape[:1:-1]], device=field.device).view(1, 2, 1, 1)
     scale = 2 / limit.clamp(min=1)
     for _ in range(steps):
@@ -146,7 +177,7 @@ def _walk(field: Tensor, point: Tensor, steps: int) -> Tensor:
         grid = (point * scale).sub_(1).permute(0, 2, 3, 1)
         step = F.grid_sample(field, grid, "bilinear", "border", align_corners=True)
         point = torch.minimum(step.add_(point).clamp_(min=0), limit)
-    return point[:, :, 0].flip(1)
+    return point
 
 
 def _grid(shape: tuple[int, int], like: Tensor, *, cells: tuple[int, int] | None = None) -> Tensor:
@@ -167,17 +198,17 @@ def renumber(labels: Tensor) -> Tensor:
     pixel = flat.nonzero().squeeze(1)
     if not len(pixel):
         return torch.zeros_like(labels, dtype=torch.int32)
-    own = flat[pixel]
+    own = look_up(flat, pixel)
     absent = flat.numel()
     first = torch.full((int(own.max()) + 1,), absent, device=flat.device)
     first = first.scatter_reduce(0, own, pixel, "amin")
     order = torch.argsort(first)[: int((first < absent).sum())]
-    image = first[order] // labels[0].numel()
+    image = look_up(first, order) // labels[0].numel()
     many = torch.bincount(image, minlength=len(labels))
     number = torch.zeros(len(first), dtype=torch.int32, device=flat.device)
-    place = torch.arange(len(order), device=flat.device) - (many.cumsum(0) - many)[image]
+    place = torch.arange(len(order), device=flat.device) - look_up(many.cumsum(0) - many, image)
     number[order] = (place + 1).int()
-    return number[labels]
+    return look_up(number, labels)
 
 
 def _sinks(field: Tensor, walkable: Tensor, steps: int, *, doubling: bool) -> Tensor:
@@ -188,19 +219,19 @@ def _sinks(field: Tensor, walkable: Tensor, steps: int, *, doubling: bool) -> Te
     starts = walkable
     if doubling:
         start = _grid((height, width), field).expand(len(field), -1, -1)
-        end = _flat(_walk(field, start, min(steps, FIRST_STEPS)).round(), height, width)
+        end = _steps(field.flip(1), start.flip(1)[:, :, None], min(steps, FIRST_STEPS))[:, :, 0]
+        end = _flat(end.flip(1).round(), height, width)
         sink = torch.where(walkable, end, sink)
         for _ in range(math.ceil(math.log2(max(steps / FIRST_STEPS, 1)))):
-            sink = sink[sink]
-        starts = torch.zeros_like(walkable)
-        starts[sink[walkable]] = True
+            sink = look_up(sink, sink)
+        starts = torch.zeros_like(walkable).index_fill_(0, sink.masked_select(walkable), True)
         steps = min(steps, LAST_STEPS)
     pixel = starts.nonzero().squeeze(1)
     image = pixel // (height * width)
     y, x = follow(field, image, (pixel // width % height).float(), (pixel % width).float(), steps)
     last = torch.arange(len(walkable), device=field.device)
     last[pixel] = (image * height + y.long()) * width + x.long()
-    return last[sink]
+    return look_up(last, sink)
 
 
 def _flat(point: Tensor, height: int, width: int) -> Tensor:
@@ -217,18 +248,19 @@ def _on_finer_grid(own: Tensor, field: Tensor, outline: Tensor) -> Tensor:
     the few that lie between objects (one in ten) walk `OUTLINE_STEPS` and join the object that they come to.
     """
     height, width = outline.shape[1:]
-    ids = own.float()
-    nearest = -F.max_pool2d(torch.where(own > 0, -ids, -torch.inf), 3, 1, 1)
-    farthest = F.max_pool2d(ids, 3, 1, 1)
-    single = torch.where(nearest.isinf() | (nearest == farthest), farthest, -1).long()
+    farthest = highest_near(own)
+    # The nearest id is found as the highest of ids counted from the other end, in which background comes last.
+    end = farthest.amax() + 1
+    nearest = end - highest_near((end - own) * (own > 0))
+    single = farthest - (farthest + 1) * ((nearest != farthest) & (nearest != end))  # -1 where there are two
     start = _grid((height, width), field, cells=(own.shape[1], own.shape[2]))
     pixel = start.round().long()
-    found = single.flatten(1)[:, pixel[0] * own.shape[2] + pixel[1]].reshape(-1)
+    found = single.flatten(1).gather(1, (pixel[0] * own.shape[2] + pixel[1]).expand(len(own), -1)).view(-1)
     between = ((found < 0) & outline.reshape(-1)).nonzero().squeeze(1)
     image, place = between // (height * width), between % (height * width)
-    y, x = follow(field, image, start[0, place], start[1, place], OUTLINE_STEPS)
-    found[between] = own[image, y.round().long(), x.round().long()]
-    return found
+    y, x = follow(field, image, look_up(start[0], place), look_up(start[1], place), OUTLINE_STEPS)
+    at = (image * own.shape[1] + y.round().long()) * own.shape[2] + x.round().long()
+    return found.index_copy_(0, between, look_up(own.view(-1), at))
 
 
 def _basins(ends: Tensor, shape: tuple[int, int, int], seed_pixels: int, bin_pixels: int) -> tuple[Tensor, int]:
@@ -248,17 +280,16 @@ def _basins(ends: Tensor, shape: tuple[int, int, int], seed_pixels: int, bin_pix
         return (side[:, None] * stride + side).view(1, -1)
 
     seed = (count > seed_pixels).nonzero()
-    seed = seed[count[seed].squeeze(1) == count[seed + window(2)].amax(1)]
-    seed = seed[torch.argsort(count[seed].squeeze(1), stable=True)]
+    seed = seed[look_up(count, seed).squeeze(1) == look_up(count, seed + window(2)).amax(1)]
+    seed = seed[torch.argsort(look_up(count, seed).squeeze(1), stable=True)]
     around = seed + window(REACH)
     side = 2 * REACH + 1
-    open_ = (count[around] > bin_pixels).float().view(-1, 1, side, side)
+    open_ = (look_up(count, around) > bin_pixels).view(-1, side, side)
     grown = torch.zeros_like(open_)
-    grown[:, :, REACH, REACH] = 1
+    grown[:, REACH, REACH] = True
     for _ in range(REACH):
-        grown = F.max_pool2d(grown, 3, 1, 1) * open_
-    rank = torch.arange(1, len(seed) + 1, device=count.device)[:, None]
-    rank = torch.where(grown.view(-1, side * side) > 0, rank, 0)
+        grown = highest_near(grown) & open_
+    rank = torch.arange(1, len(seed) + 1, device=count.device)[:, None] * grown.view(-1, side * side)
     basin = torch.zeros_like(count).scatter_reduce(0, around.view(-1), rank.view(-1), "amax")
     basin = basin.view(n_images, height + 2 * REACH, stride)[:, REACH:-REACH, REACH:-REACH]
     return basin.reshape(-1), len(seed)

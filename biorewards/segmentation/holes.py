@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biorewards.lookup import look_up
+
 
 def connect(n: int, a: Tensor, b: Tensor) -> Tensor:
     """Connected components of a graph: (n,) int64, the smallest node of each node's component.
@@ -22,11 +24,11 @@ def connect(n: int, a: Tensor, b: Tensor) -> Tensor:
     """
     root = torch.arange(n, device=a.device)
     while True:
-        root_a, root_b = root[a], root[b]
+        root_a, root_b = look_up(root, a), look_up(root, b)
         low = torch.minimum(root_a, root_b)
         new = root.scatter_reduce(0, root_a, low, "amin").scatter_reduce(0, root_b, low, "amin")
-        new = new[new]
-        new = new[new]
+        new = look_up(new, new)
+        new = look_up(new, new)
         if torch.equal(new, root):
             return root
         root = new
@@ -44,7 +46,7 @@ def fill_holes(labels: Tensor) -> Tensor:
     if not (owner > 0).any():
         return labels
     filled = torch.where(owner > 0, owner, value)
-    return filled[component][run].view(labels.shape)
+    return look_up(look_up(filled, component), run).view(labels.shape)
 
 
 def _graph(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -58,13 +60,13 @@ def _graph(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     begins[:, :, 1:] = labels[:, :, 1:] != labels[:, :, :-1]
     run = torch.cumsum(begins.view(-1), 0) - 1
     at = begins.view(-1).nonzero().squeeze(1)  # first pixel of each run
-    value = labels.reshape(-1)[at]
+    value = look_up(labels.reshape(-1), at)
 
     # Two runs one above the other meet first where one of them begins.
     meets = (begins[:, 1:] | begins[:, :-1]).nonzero()
     below = ((meets[:, 0] * height + meets[:, 1] + 1) * width) + meets[:, 2]
-    lower, upper = run[below], run[below - width]
-    same = value[lower] == value[upper]
+    lower, upper = look_up(run, below), look_up(run, below - width)
+    same = look_up(value, lower) == look_up(value, upper)
     root = connect(len(at), lower[same], upper[same])
     roots, component = torch.unique(root, return_inverse=True)
 
@@ -75,8 +77,8 @@ def _graph(labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     free[component[border]] = True
 
     beside = (column > 0).nonzero().squeeze(1)
-    a = component[torch.cat([lower[~same], beside])]
-    b = component[torch.cat([upper[~same], beside - 1])]
+    a = look_up(component, torch.cat([lower[~same], beside]))
+    b = look_up(component, torch.cat([upper[~same], beside - 1]))
     return run, value[roots], component, free, torch.stack([a, b])
 
 
