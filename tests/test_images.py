@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import tempfile
 from pathlib import Path
 
@@ -174,6 +175,18 @@ def test_damaged_bytes_give_an_image_or_an_image_error(
     except ImageError:
         return
     assert found.ndim == 3 and found.min() >= 0 and found.max() <= 1
+
+
+@pytest.mark.parametrize("code", [34712, 50001, 34887, 99])  # JPEG 2000, WebP, LERC, none that exists
+def test_only_plain_tiff_compressions_are_decoded(code: int, tmp_path: Path) -> None:
+    """A damaged tag must not hand the bytes to just any decoder."""
+    path = WRITERS["tiff lzw tiled"](tmp_path, picture(side=20))
+    data = path.read_bytes()
+    tag = struct.pack("<HHI", 259, 3, 1)
+    at = data.index(tag) + len(tag)
+    path.write_bytes(data[:at] + struct.pack("<H", code) + data[at + 2 :])
+    with pytest.raises(ImageError, match=r"compress|cannot be decoded|unknown"):
+        read_image(path)
 
 
 def test_resampling_keeps_range_mean_and_position() -> None:

@@ -129,6 +129,11 @@ def read_npy(path: Path) -> Raw:
     return Raw(pixels, "YX" if pixels.ndim == 2 else "")
 
 
+#: TIFF compressions that are read: lossless ones with small decoders, and JPEG. One damaged byte can name any of the
+#: other thirty, and some of their C decoders end the process on data that is not theirs.
+COMPRESSIONS = ("NONE", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD", "ZSTD_DEPRECATED", "JPEG")
+
+
 def read_tiff(path: Path) -> Raw:
     """One image of a TIFF, OME-TIFF or ImageJ file; channels may be samples (RGB) or pages.
 
@@ -146,6 +151,9 @@ def read_tiff(path: Path) -> Raw:
         if page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
             kind = getattr(page.photometric, "name", page.photometric)
             raise FormatError(f"is stored as {kind}; save grey planes or RGB")
+        compression = getattr(page.compression, "name", str(page.compression))
+        if compression not in COMPRESSIONS:
+            raise FormatError(f"is compressed as {compression}; save it without, or with one of {COMPRESSIONS[1:]}")
         axes = "".join(axis for axis, side in zip(series.axes, series.shape, strict=True) if side > 1 or axis in "YX")
         pixels = series.asarray().reshape([s for a, s in zip(series.axes, series.shape, strict=True) if a in axes])
         has_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
