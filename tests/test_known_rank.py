@@ -20,8 +20,6 @@ def bench() -> ModuleType:
 @pytest.mark.slow
 def test_the_audit_returns_a_known_rank(bench: ModuleType, tmp_path: Path) -> None:
     """Fresh drawings come first, more lost nuclei later; the mini CellFlux shows more of its classes than copies do."""
-    if not generators.MINI_CELLFLUX.is_file():
-        pytest.skip("the mini CellFlux is not there")
     bundled("phantom")
     names = bench.make_models(tmp_path, 6, 900, generators.MINI_CELLFLUX)
     assert names == list(bench.ORDER)

@@ -212,7 +212,8 @@ def on_border(labels):
 def measure(effect: str, side: int = 420) -> dict[str, float]:
     """Means over whole objects of exact masks, doses and compounds mixed as in a data set, on an average plate."""
     nucleus, form, cell, neighbours, light = [], [], [], [], []
-    for i in range(round(8 / CLASSES[effect].density)):  # as many cells of each class
+    # As many cells of each class. With half as many the cell area of one class was off by 12 %, with these by 1 %.
+    for i in range(round(16 / CLASSES[effect].density)):
         rng = np.random.default_rng([41, list(CLASSES).index(effect), i])
         strength = 0.0 if effect == "DMSO" else DOSE_STRENGTH[i % 3] * (1.05, 0.92)[i % 2]
         field = render_field(rng, (side, side), effect, Plate(), strength=strength)
@@ -249,7 +250,7 @@ def effects() -> tuple[pd.DataFrame, pd.DataFrame]:
     ("measure", "within", "rank"),
     [
         ("nucleus_area", 0.12, 0.9),
-        ("cell_area", 0.125, 0.9),
+        ("cell_area", 0.12, 0.9),
         ("dapi", 0.12, 0.85),
         ("actin", 0.15, 0.9),
         ("tubulin", 0.15, 0.9),

@@ -83,6 +83,7 @@ class _Block(nn.Module):
         return self._short
 
     def fold(self) -> dict[str, _Weights]:
+        """Weights by name, BatchNorms folded in; every part says how."""
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
