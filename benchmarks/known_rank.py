@@ -1,9 +1,10 @@
 """Does the audit return a rank that is known? python -m benchmarks.known_rank --work rank [--n 15]
 
 Five models of drawn cells: fresh ones ("real-again"), the bundled mini CellFlux, fresh ones with a lesion at two doses
-(a share of the nuclei erased along exact masks), and copies of controls. All are 48 px crops asked for the same
-compounds. Expected by gap to real images: in that order, the lost nuclei showing in the nucleus count, the copies in
-MoA. Prints rank, gap with interval, what each reward loses against fresh images, and flags; `--json` writes them.
+(a sixth and a third of the nuclei erased along exact masks), and copies of controls. All are 48 px crops asked for the
+same compounds. Known beforehand: fresh ones first, the larger dose after the smaller, and last the copies, of which not
+one shows what was asked for; lost nuclei show in the rewards of nuclei, copies in MoA. Prints rank, gap with interval,
+what each reward loses against fresh images, and flags; `--json` writes them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from biorewards.segmentation.segmenter import Masks
 from generators.generation import generate, make_plan
 
 CHANNELS = {"actin": 0, "tubulin": 1, "dna": 2}
-SIZE, DOSES = 48, {"mild": 1 / 3, "severe": 2 / 3}
+SIZE, DOSES = 48, {"mild": 1 / 6, "severe": 1 / 3}
 ORDER = ("real-again", "mini-cellflux", "mild", "severe", "copies")
 
 

@@ -57,7 +57,7 @@ class OutOfTime(Exception):
 
 @dataclass
 class Bench:
-    """Pieces of work, each kept in a file of its own and done once. seconds: what each took, over all starts."""
+    """Pieces of work, each kept in a file of its own and done once. only: no others than whose names begin so."""
 
     setting: Setting
     checkpoint: str | None
@@ -67,7 +67,8 @@ class Bench:
     base: Any
     policy: Any
     accelerator: Accelerator
-    seconds: dict[str, float] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> Size:
@@ -79,6 +80,9 @@ class Bench:
         path = self.setting.work / "pools" / f"{name}.npz"
         if path.exists():
             return
+        if self.only and not name.startswith(self.only):
+            self.left_out.append(name)
+            return
         if time.monotonic() > self.until:
             raise OutOfTime(name)
         began = time.monotonic()
@@ -88,8 +92,10 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             pools.save(path, made)
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 1)
-            write_text(self.setting.work / "seconds.json", json.dumps(self.seconds, indent=1) + "\n")
+            # Read anew: another process may do other pieces of the same work.
+            seconds = seconds_of(self.setting.work)
+            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 1)
+            write_text(self.setting.work / "seconds.json", json.dumps(seconds, indent=1) + "\n")
 
     # ---- pieces ------------------------------------------------------------------------------------------------
 
@@ -102,24 +108,28 @@ class Bench:
         self.piece("copy-control", partial(pools.given, s, s.prompts.control, s.prompts.target, self.device))
         self.piece("base", partial(self.draw, self.policy, pool, own))
         chosen = self.choice()
-        for k in range(self.seeds):
-            self.piece(f"rl-{k}", partial(self.after, f"rl-{k}", pool, replace(chosen, seed=k)))
-            self.piece(f"more-{k}", partial(self.after_more, f"more-{k}", pool, k))
+        short, seeds = replace(chosen, steps=size.sweep), range(self.seeds)
+
+        def post_trained(name: str, settings: Settings, samples: int = pool, **more: Any) -> None:
+            self.piece(name, partial(self.after, name, samples, settings, **more))
+
+        for k in seeds:
+            post_trained(f"rl-{k}", replace(chosen, seed=k))
             if k == 0:
                 for steps in SOLVER_STEPS:
                     self.piece(f"base-{steps}", partial(self.draw, self.policy, 2, steps))
                 self.piece("base-own", partial(self.draw, self.base, 2, None))
-        for k in range(self.seeds):
-            name = f"distribution-{k}"
-            self.piece(name, partial(self.after, name, pool, replace(chosen, seed=k), preset="distribution"))
-        short = replace(chosen, steps=size.sweep)
-        points = {f"kl-{w:g}": replace(short, kl_weight=w) for w in KL_WEIGHTS}
-        points |= {f"mix-{b:g}": replace(short, mix_beta=b) for b in MIX_BETAS}
-        for name, settings in points.items():
-            self.piece(name, partial(self.after, name, 2, settings))
+                post_trained("distribution-0", chosen, preset="distribution")
+        for k in seeds:
+            self.piece(f"more-{k}", partial(self.after_more, f"more-{k}", pool, k))
+        for w in KL_WEIGHTS:
+            post_trained(f"kl-{w:g}", replace(short, kl_weight=w), 2)
+        for b in MIX_BETAS:
+            post_trained(f"mix-{b:g}", replace(short, mix_beta=b), 2)
         for reward in PAPER_WEIGHTS:
-            name = f"only-{reward}"
-            self.piece(name, partial(self.after, name, 2, replace(chosen, steps=size.single), rewards=[reward]))
+            post_trained(f"only-{reward}", replace(chosen, steps=size.single), 2, rewards=[reward])
+        for k in seeds[1:]:
+            post_trained(f"distribution-{k}", replace(chosen, seed=k), preset="distribution")
 
     def after(self, name: str, samples: int, settings: Settings, **more: Any) -> pools.Arrays:
         """The pool after post-training."""
@@ -201,6 +211,13 @@ class Bench:
         return load_policy("cellflux", str(out / WEIGHTS), {}, self.size.rollout_steps)[1]
 
 
+def seconds_of(work: Path) -> dict[str, float]:
+    """What each piece took, over all starts."""
+    path = work / "seconds.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def say(text: str) -> None:
     """To stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -228,6 +245,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a CellFlux that knows the phantom; default: the bundled mini model")
     parser.add_argument("--assay", default="phantom")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no new piece after so long")
+    parser.add_argument("--pieces", help="only those whose names begin so, e.g. rl-1,more-1: for a second process")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ship", action="store_true", help=f"also write {RESULTS.name} and docs/reproduction.md")
     args = parser.parse_args()
@@ -240,13 +258,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     asked = {"size": asdict(size), "base": base.describe()["digest"], "assay": args.assay}
     check_same(args.work, asked)
-    setting = prepare(size, args.work, base, args.assay, say)
+    setting = prepare(size, args.work, base, policy, args.assay, say)
     for note in setting.notes:
         say(f"note: {note}")
     made = Accelerator(cpu=device == "cpu", mixed_precision=size.precision)
-    bench = Bench(setting, args.checkpoint, args.seeds, device, began + 60 * args.minutes, base, policy, made)
-    if (args.work / "seconds.json").exists():
-        bench.seconds = json.loads((args.work / "seconds.json").read_text())
+    bench = Bench(setting, args.checkpoint, args.seeds, device, began + 60 * args.minutes, base, policy, made,
+                  tuple(args.pieces.split(",")) if args.pieces else ())  # fmt: skip
     missing = ""
     try:
         bench.everything()
@@ -257,7 +274,8 @@ def main() -> None:
         "command": "python -m benchmarks.reproduce " + " ".join(
             [f"--size {args.size}", *(f"--set {text}" for text in args.changes), f"--seeds {args.seeds}"]),
         "size": asdict(size), "base": asked["base"], "assay": args.assay, "fingerprint": setting.judge.fingerprint,
-        "seconds": bench.seconds, "unfinished_from": missing, "passes_of_a_run": bench.passes(),
+        "seconds": seconds_of(args.work), "unfinished_from": missing or (bench.left_out or [""])[0],
+        "passes_of_a_run": bench.passes(),
         "machine": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
                     "threads": args.threads, "torch": torch.__version__},
     }  # fmt: skip

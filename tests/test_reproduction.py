@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.reproduction import page, pools
-from benchmarks.reproduction.setting import Where
+from benchmarks.reproduction.setting import Where, teachable
 from benchmarks.reproduction.sizes import CANDIDATES, SIZES
 from benchmarks.reproduction.statistics import draws, interval, weights
 from benchmarks.reproduction.tables import results_of
@@ -107,3 +109,18 @@ def test_sizes_and_candidates_are_settings() -> None:
         for changes in CANDIDATES.values():
             made = Settings(steps=size.steps, groups=size.groups, rollouts=size.rollouts, times=size.times, **changes)
             assert not made.warnings
+
+
+def test_what_can_be_taught_is_one_compound_of_a_class_that_the_base_hits_every_other_time(tmp_path: Path) -> None:
+    path = tmp_path / "compounds.json"
+    told = {"always": 0.98, "never": 0.01, "often": 0.7, "halves": 0.52, "too": 0.47}
+    path.write_text(json.dumps(told))
+    pool = SimpleNamespace(compounds=list(told), targets=np.array([1, 2, 3, 4, 4]))
+    data: Any = SimpleNamespace(test=pool)
+
+    def chosen(count: int) -> list[str]:
+        size = replace(SIZES["small"], compounds=count)
+        return teachable(size, path, None, data, cast(Any, None), None)
+
+    assert chosen(1) == ["halves"] and chosen(2) == ["halves", "often"], "its second compound is of the same class"
+    assert chosen(9) == ["always", "halves", "never", "often"] and chosen(0) == list(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,21 @@ from biorewards.audit.samples import subset
 from biorewards.classifier import Classifier, Recipe, calibrate, predict, train
 from biorewards.io.manifest import Manifest, read_manifest
 from biorewards.io.reading import plan_reading
+from biorewards.io.tables import write_text
 from biorewards.phantom import write_dataset
 from biorewards.rewards import PAPER_WEIGHTS, suite
 from biorewards.segmentation import load_segmenter
 from generators.pairs import read_rows, state_of
 from rl.best_of_n import Prompts
-from rl.pool import Data, read_data
+from rl.policy import flow, streams, to_range, to_unit
+from rl.pool import Data, Real, read_data
 from rl.rewards import Judge, fitted, matched
 from rl.sentinels import Yardstick
 
 #: Of the phantom that everything here is trained and tested on, and of the one that the second classifier learns from.
 SEED, OTHER_SEED = 4242, 1717
+#: Images of each compound by which `teachable` decides, and the purpose of their random streams.
+ASKED, ASKING = 16, 78
 Rows = npt.NDArray[np.int64]
 
 
@@ -63,23 +68,34 @@ class Setting:
     notes: list[str]
 
 
-def prepare(size: Size, work: Path, generator: Any, assay_name: str, tell: Any) -> Setting:
-    """Draw, read, measure, and train the second classifier; what takes long is kept in `work`."""
+def prepare(size: Size, work: Path, generator: Any, policy: Any, assay_name: str, tell: Any) -> Setting:
+    """Draw, read, measure, and train the second classifier; what takes long is kept in `work`.
+
+    policy: the generator as it rolls out (`cli.rl.load_policy`)."""
     folder = work / "phantom"
     if not (folder / "index.csv").exists():
         tell(f"drawing {size.images} phantom crops")
         write_dataset(folder, size.images, size.pixels, SEED)
     found = read_manifest(folder)
     split, state = found.table["Metadata_Split"].to_numpy(object), state_of(found)
-    compounds = list(generator.compounds)
     tell("measuring real images")
     assay = Assay.load(assay_name)
     seen = subset(found, np.flatnonzero(split != "test"))
-    data = read_data(seen, plan_reading(seen, assay), assay, compounds)
+    data = read_data(seen, plan_reading(seen, assay), assay, list(generator.compounds))
     assay, notes = fitted(assay, data.real, data.scale)
     other, _ = matched(assay.with_segmenter(load_segmenter("classical")), data.real, data.scale)
     judge = Judge(suite(assay), assay, scale=data.scale)
     six = [name for name in PAPER_WEIGHTS if name != "moa"]
+    compounds = teachable(size, work / "compounds.json", policy, data, judge, tell)
+    yardstick = Yardstick.of(assay, judge.names, data.real, judge(*data.real))
+    # Statistics are of all classes; what is trained on, drawn and compared is of these.
+    data = data._replace(train=data.train.only(compounds), test=data.test.only(compounds))
+    asked = torch.from_numpy(data.test.targets)
+    data = data._replace(**{
+        key: Real(one.images[kept], one.target[kept])
+        for key, one in (("real", data.real), ("real_test", data.real_test))
+        for kept in [torch.isin(one.target, asked)]
+    })  # fmt: skip
     second = second_classifier(size, work / "second", assay, tell)
     test, control = split == "test", state == "control"
     prompts, where = prompts_of(found, np.flatnonzero(test & control), data, size.prompts)
@@ -90,8 +106,37 @@ def prepare(size: Size, work: Path, generator: Any, assay_name: str, tell: Any) 
     return Setting(
         size, work, data, assay, judge, Judge(suite(other, six), other, scale=data.scale), second, float(right.mean()),
         prompts, where, real, real_where, read_rows(found, np.sort(chosen), 3),
-        Yardstick.of(assay, judge.names, data.real, judge(*data.real)), [*data.notes, *notes],
+        yardstick, [*data.notes, *notes],
     )  # fmt: skip
+
+
+@torch.no_grad()
+def teachable(size: Size, path: Path, policy: Any, data: Data, judge: Judge, tell: Any) -> list[str]:
+    """As many compounds as the size says, of different classes: those whose class the base hits about every other time
+    on validation plates (mean probability nearest to 1/2). Where it always or never does, the rollouts of a group are
+    alike in MoA and nothing can be learned from it."""
+    names = data.test.compounds
+    if not size.compounds:
+        return names
+    if not path.exists():
+        tell("asking which compounds can be told from the base's rollouts")
+        rows = [(c, k) for c in range(len(names)) for k in range(ASKED)]
+        values = []
+        for start in range(0, len(rows), size.groups * size.rollouts):
+            part = rows[start : start + size.groups * size.rollouts]
+            controls = data.test.controls[[k % len(data.test.controls) for _, k in part]]
+            source = policy.source(to_range(controls, policy), streams((0, ASKING, *pair) for pair in part))
+            with torch.autocast("cpu", torch.bfloat16, enabled=size.precision == "bf16"):
+                images = to_unit(flow(policy, source, [names[c] for c, _ in part], size.rollout_steps), policy)
+            values.append(judge(images.float(), torch.from_numpy(data.test.targets[[c for c, _ in part]])).value)
+        mean = torch.cat(values)[:, judge.names.index("moa")].view(len(names), ASKED).nanmean(1).tolist()
+        found = {name: round(p, 4) for name, p in zip(names, mean, strict=True)}
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    told: dict[str, float] = json.loads(path.read_text())
+    best: dict[int, str] = {}
+    for name in sorted(told, key=lambda name: abs(told[name] - 0.5)):
+        best.setdefault(int(data.test.targets[names.index(name)]), name)
+    return sorted(list(best.values())[: size.compounds])
 
 
 def prompts_of(found: Manifest, controls: Rows, data: Data, count: int) -> tuple[Prompts, Where]:

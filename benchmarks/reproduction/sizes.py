@@ -8,13 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Size:
-    """images: phantom crops of the experiment (plates: 5 below 3,000, 10 below 8,000, then 20). other, shown: crops
-    that the second classifier is drawn from and shown. steps, groups, rollouts, rollout_steps, times: of a main run,
-    as `rl.nft.Settings` names them. choice, sweep, single: steps of a run that settings are chosen by, of a point of a
-    sweep, of a run with one reward. prompts: (control, compound) pairs of test plates. pool: samples of each.
-    reference: real images that distances are taken to."""
+    """images: phantom crops of the experiment (plates: 5 below 3,000, 10 below 8,000, then 20). compounds: how many are
+    trained on (`setting.teachable`), 0 = all. other, shown: crops that the second classifier is drawn from and shown.
+    steps, groups, rollouts, rollout_steps, times: of a main run, as `rl.nft.Settings` names them. choice, sweep,
+    single: steps of a run that settings are chosen by, of a point of a sweep, of a run with one reward. prompts:
+    (control, compound) pairs of test plates. pool: samples of each. reference: real images that distances are taken
+    to."""
 
     images: int
+    compounds: int
     other: int
     shown: int
     steps: int
@@ -35,20 +37,19 @@ class Size:
 
 SIZES = {
     # Shows that everything runs: minutes of one core. Its figures mean nothing.
-    "tiny": Size(700, 400, 640, 2, 2, 4, 2, 1, 1, 1, 1, 20, 4, 20, 120),
-    # About an hour of one core.
-    "small": Size(3000, 3000, 24_000, 24, 8, 12, 6, 2, 8, 8, 6, 60, 8, 40, 600),
+    "tiny": Size(700, 2, 400, 640, 2, 2, 4, 2, 1, 1, 1, 1, 20, 4, 20, 120),
+    # Some three hours of one core.
+    "small": Size(8000, 4, 3000, 24_000, 80, 8, 12, 4, 1, 20, 20, 20, 120, 8, 120, 600),
     # Several hours of two cores.
-    "medium": Size(8000, 8000, 80_000, 100, 16, 12, 6, 2, 20, 40, 40, 240, 16, 96, 2000),
+    "medium": Size(8000, 0, 8000, 80_000, 100, 16, 12, 6, 2, 20, 40, 40, 240, 16, 96, 2000),
     # For a GPU, with a generator of 96 px (--checkpoint).
-    "large": Size(12_000, 12_000, 150_000, 300, 48, 24, 10, 4, 60, 100, 100, 600, 64, 240, 4000, pixels=96),
+    "large": Size(12_000, 0, 12_000, 150_000, 300, 48, 24, 10, 4, 60, 100, 100, 600, 64, 240, 4000, pixels=96),
 }
 
 #: Tried for `choice` steps; the best total on validation plates is taken for everything else.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "total, 2e-4": {"learning_rate": 2e-4},
-    "per-reward, 2e-4": {"advantage": "per-reward", "learning_rate": 2e-4},
-    "per-reward, 1e-4": {"advantage": "per-reward", "learning_rate": 1e-4},
+    "total, 3e-4": {"learning_rate": 3e-4},
+    "per-reward, 3e-4": {"advantage": "per-reward", "learning_rate": 3e-4},
 }
 KL_WEIGHTS = (0.0, 0.01, 0.1, 1.0)
 MIX_BETAS = (0.1, 0.3, 1.0)
