@@ -30,8 +30,9 @@ from rl.pool import Data, Real, read_data
 from rl.rewards import Judge, fitted, matched
 from rl.sentinels import Yardstick
 
-#: Of the phantom that everything here is trained and tested on, and of the one that the second classifier learns from.
-SEED, OTHER_SEED = 4242, 1717
+#: Of the phantoms that policies are trained and chosen on, that everything is tested on (plates of its own: intervals
+#: are over plates, and the few test plates of the first say little), and that the second classifier learns from.
+SEED, TEST_SEED, OTHER_SEED = 4242, 4243, 1717
 #: Images of each compound by which `teachable` decides, and the purpose of their random streams.
 ASKED, ASKING = 16, 78
 Rows = npt.NDArray[np.int64]
@@ -72,11 +73,11 @@ def prepare(size: Size, work: Path, generator: Any, policy: Any, assay_name: str
     """Draw, read, measure, and train the second classifier; what takes long is kept in `work`.
 
     policy: the generator as it rolls out (`cli.rl.load_policy`)."""
-    folder = work / "phantom"
-    if not (folder / "index.csv").exists():
-        tell(f"drawing {size.images} phantom crops")
-        write_dataset(folder, size.images, size.pixels, SEED)
-    found = read_manifest(folder)
+    for name, seed in (("phantom", SEED), ("tested", TEST_SEED)):
+        if not (work / name / "index.csv").exists():
+            tell(f"drawing {size.images} phantom crops")
+            write_dataset(work / name, size.images, size.pixels, seed)
+    found, tested = read_manifest(work / "phantom"), read_manifest(work / "tested")
     split, state = found.table["Metadata_Split"].to_numpy(object), state_of(found)
     tell("measuring real images")
     assay = Assay.load(assay_name)
@@ -97,11 +98,12 @@ def prepare(size: Size, work: Path, generator: Any, policy: Any, assay_name: str
         for kept in [torch.isin(one.target, asked)]
     })  # fmt: skip
     second = second_classifier(size, work / "second", assay, tell)
-    test, control = split == "test", state == "control"
-    prompts, where = prompts_of(found, np.flatnonzero(test & control), data, size.prompts)
-    real, real_where = real_of(found, np.flatnonzero(test & ~control), prompts, data)
+    untreated = state_of(tested) == "control"
+    prompts, where = prompts_of(tested, np.flatnonzero(untreated), data, size.prompts)
+    real, real_where = real_of(tested, np.flatnonzero(~untreated), prompts, data)
     right = second_probability(second, assay, real.control, real.target)[1]
-    trained = np.flatnonzero((split == "train") & ~control & found.table["Metadata_Compound"].isin(compounds))
+    asked_for = found.table["Metadata_Compound"].isin(compounds).to_numpy(bool)
+    trained = np.flatnonzero((split == "train") & (state != "control") & asked_for)
     chosen = np.random.default_rng(3).permutation(trained)[: size.reference]
     return Setting(
         size, work, data, assay, judge, Judge(suite(other, six), other, scale=data.scale), second, float(right.mean()),
@@ -140,7 +142,7 @@ def teachable(size: Size, path: Path, policy: Any, data: Data, judge: Judge, tel
 
 
 def prompts_of(found: Manifest, controls: Rows, data: Data, count: int) -> tuple[Prompts, Where]:
-    """Every compound equally often, controls plate by plate in turn."""
+    """Every compound from every control, so that none has plates of its own; controls plate by plate in turn."""
     plate = found.table["Metadata_Plate"].to_numpy(object)[controls]
     rng = np.random.default_rng(1)
     order = rng.permutation(len(controls))
@@ -148,8 +150,8 @@ def prompts_of(found: Manifest, controls: Rows, data: Data, count: int) -> tuple
     for name in sorted(set(plate)):
         mine = order[plate[order] == name]
         rank[mine] = np.arange(len(mine))
-    chosen = controls[np.lexsort((plate, rank))][np.arange(count) % len(controls)]
-    index = np.arange(count) % len(data.test.compounds)
+    row, index = np.divmod(np.arange(count), len(data.test.compounds))
+    chosen = controls[np.lexsort((plate, rank))][row % len(controls)]
     names = [data.test.compounds[k] for k in index]
     images = read_rows(found, chosen, 3)
     return Prompts(images, names, torch.from_numpy(data.test.targets[index])), where_of(found, chosen)
