@@ -25,7 +25,7 @@ SIX = [name for name in NAMES if name != "moa"]
 PROMPTS = 24
 ABOUT: dict[str, Any] = {
     "command": "python -m benchmarks.reproduce", "seconds": {"base": 60.0}, "unfinished_from": "",
-    "size": {"pixels": 48, "steps": 3, "groups": 2, "rollouts": 4, "rollout_steps": 2, "choice": 1},
+    "size": {"pixels": 48, "steps": 3, "groups": 2, "rollouts": 4, "rollout_steps": 2, "choice": 1, "compounds": 1},
     "machine": {"device": "cpu", "threads": 1}, "passes_of_a_run": 800,
 }  # fmt: skip
 

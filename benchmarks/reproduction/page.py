@@ -9,6 +9,11 @@ from benchmarks.reproduction.sizes import PAPER
 from biorewards.report.figures import ticks
 from rl.monitor import SHORT
 
+TEACHABLE = (
+    ": of different classes, those whose class the base hits about every other time on validation plates. Where it "
+    "always or never does, rollouts are alike in MoA and post-training has nothing to learn from. The statistics that all is "
+    "judged by are of all classes."
+)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 260, 52, 130, 14, 34
 COLOURS = ("#777777", "#b3450b", "#1b6e8c", "#5a7d1e")
 
@@ -49,20 +54,24 @@ def markdown(found: dict[str, Any]) -> str:
         "# The paper's experiments, in kind",
         f"Printed by `{about['command']}`; {len(about['seconds'])} pieces, {seconds / 60:.0f} minutes on "
         f"{about['machine']['device']} ({about['machine']['threads']} thread). Phantom crops of "
-        f"{about['size']['pixels']} px, {about['prompts']} (control, compound) prompts on {about['plates']} test "
-        f"plates ({about['controls']} controls), the same for every row. Intervals are 95 % bootstraps over plates, "
-        "then controls within them, then seeds; with one or two plates they say little about other plates. A run is "
-        f"{about['size']['steps']} steps of {about['size']['groups']} x {about['size']['rollouts']} rollouts.",
+        f"{about['size']['pixels']} px, {about['prompts']} (control, compound) prompts from {about['controls']} controls "
+        f"on {about['plates']} plates that nothing was trained or chosen on, the same for every row. Intervals are 95 % "
+        "bootstraps over plates, then controls within them, then seeds. A run is "
+        f"{about['size']['steps']} steps of {about['size']['groups']} x {about['size']['rollouts']} rollouts, "
+        f"{about['size']['rollout_steps']} unguided Euler steps each, and so is everything drawn but where it says so.",
+        f"Compounds: {', '.join(about['compounds'])}" + (TEACHABLE if about["size"]["compounds"] else "."),
     ]
     if about["unfinished_from"]:
         parts.append(f"**Not finished**: stopped before `{about['unfinished_from']}`; what follows is what there is.")
-    parts += ["## Table 1", rows_table({name: rows[name] for name in main}, shown), papers()]
+    seeds = ", ".join(f"{name} {row['seeds']}" for name, row in rows.items() if row["seeds"] > 1)
+    parts += ["## Table 1", rows_table({name: rows[name] for name in main}, shown)]
+    parts += [f"Seeds: {seeds}; all others one." if seeds else "One seed.", papers()]
     if found["choice"]:
         told = ", ".join(
             f"{k}: {v['total']:.2f} (base {v['base']:.2f})" for k, v in found["choice"]["candidates"].items()
         )
         parts.append(
-            f"Settings were chosen on validation plates after {about['size']['choice']} steps: "
+            f"Settings were chosen on validation plates of the training phantom after {about['size']['choice']} steps: "
             f"**{found['choice']['chosen']}**. Totals there: {told}."
         )
     parts += ["## Differences, paired", rows_table(found["differences"], shown)]

@@ -151,7 +151,8 @@ def results_of(setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
     found = {
         "about": {
             **about, "prompts": len(setting.prompts.compounds), "plates": len(np.unique(setting.where.plate)),
-            "controls": len(np.unique(setting.where.control)), "second_accuracy": round(setting.second_accuracy, 3),
+            "controls": len(np.unique(setting.where.control)), "compounds": sorted(set(setting.prompts.compounds)),
+            "second_accuracy": round(setting.second_accuracy, 3),
             "weights": dict(zip(setting.judge.names, setting.judge.weights.tolist(), strict=True)),
         },
         "choice": json.loads(choice.read_text()) if choice.exists() else None,
