@@ -11,8 +11,8 @@ from rl.monitor import SHORT
 
 TEACHABLE = (
     ": of different classes, those whose class the base hits about every other time on validation plates. Where it "
-    "always or never does, rollouts are alike in MoA and post-training has nothing to learn from. The statistics that all is "
-    "judged by are of all classes."
+    "always or never does, rollouts are alike in MoA and post-training has nothing to learn from. The statistics that "
+    "all is judged by are of all classes."
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 260, 52, 130, 14, 34
 COLOURS = ("#777777", "#b3450b", "#1b6e8c", "#5a7d1e")
@@ -43,7 +43,7 @@ def rows_table(rows: dict[str, Any], metrics: list[str]) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """The page."""
-    about, rows = found["about"], found["table1"]
+    about, rows, size = found["about"], found["table1"], found["about"]["size"]
     names = list(about["weights"])
     main = [name for name in rows if not name.endswith("Euler steps") and "own solver" not in name]
     base = [name for name in rows if name == "base" or name.endswith("Euler steps") or "own solver" in name]
@@ -53,13 +53,13 @@ def markdown(found: dict[str, Any]) -> str:
     parts = [
         "# The paper's experiments, in kind",
         f"Printed by `{about['command']}`; {len(about['seconds'])} pieces, {seconds / 60:.0f} minutes on "
-        f"{about['machine']['device']} ({about['machine']['threads']} thread). Phantom crops of "
-        f"{about['size']['pixels']} px, {about['prompts']} (control, compound) prompts from {about['controls']} controls "
-        f"on {about['plates']} plates that nothing was trained or chosen on, the same for every row. Intervals are 95 % "
-        "bootstraps over plates, then controls within them, then seeds. A run is "
-        f"{about['size']['steps']} steps of {about['size']['groups']} x {about['size']['rollouts']} rollouts, "
-        f"{about['size']['rollout_steps']} unguided Euler steps each, and so is everything drawn but where it says so.",
-        f"Compounds: {', '.join(about['compounds'])}" + (TEACHABLE if about["size"]["compounds"] else "."),
+        f"{about['machine']['device']} ({about['machine']['threads']} thread). Phantom crops of {size['pixels']} px, "
+        f"{about['prompts']} (control, compound) prompts from {about['controls']} controls on {about['plates']} plates "
+        "that nothing was trained or chosen on, the same for every row. Intervals are 95 % bootstraps over plates, "
+        f"then controls within them, then seeds. A run is {size['steps']} steps of {size['groups']} x "
+        f"{size['rollouts']} rollouts, {size['rollout_steps']} unguided Euler steps each, and so is everything drawn "
+        "but where it says so.",
+        f"Compounds: {', '.join(about['compounds'])}" + (TEACHABLE if size["compounds"] else "."),
     ]
     if about["unfinished_from"]:
         parts.append(f"**Not finished**: stopped before `{about['unfinished_from']}`; what follows is what there is.")
