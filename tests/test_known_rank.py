@@ -19,7 +19,7 @@ def bench() -> ModuleType:
 
 @pytest.mark.slow
 def test_the_audit_returns_a_known_rank(bench: ModuleType, tmp_path: Path) -> None:
-    """Fresh drawings come first, more lost nuclei later; the mini CellFlux shows more of its classes than copies do."""
+    """Fresh drawings come first, more lost nuclei later, copies last; the mini CellFlux shows more classes than they."""
     bundled("phantom")
     names = bench.make_models(tmp_path, 6, 900, generators.MINI_CELLFLUX)
     assert names == list(bench.ORDER)
@@ -30,10 +30,11 @@ def test_the_audit_returns_a_known_rank(bench: ModuleType, tmp_path: Path) -> No
     assert min(gap, key=gap.__getitem__) == "real-again" and rows["real-again"]["rank"][0] == 1
     assert gap["mild"] < gap["severe"]
     settled = set(found.audit.better_than)
-    assert {("real-again", "mini-cellflux"), ("real-again", "severe"), ("mild", "severe")} <= settled
+    assert {("real-again", "mini-cellflux"), ("real-again", "severe"), ("real-again", "copies")} <= settled
+    assert max(gap, key=gap.__getitem__) == "copies"
     lost = {name: row["lost_against_fresh"] for name, row in rows.items()}
     # The right rewards answer: counts to lost nuclei, MoA to copied controls, which the samples do better.
-    assert lost["severe"]["nucleus_count"] > 3 * abs(lost["severe"]["cytoplasm_count"])
+    assert lost["severe"]["nucleus_count"] > 2 * abs(lost["severe"]["cytoplasm_count"])
     assert max(lost["copies"], key=lambda name: lost["copies"][name] * (5 if name == "moa" else 1)) == "moa"
     assert lost["mini-cellflux"]["moa"] < 0.7 * lost["copies"]["moa"]
     assert "copies controls" in rows["copies"]["flags"]
