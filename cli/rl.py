@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: The phantom that the bundled model is post-trained on without --controls: none of the images it was trained on.
 PHANTOM_IMAGES, PHANTOM_SIZE, PHANTOM_SEED = 1300, 48, 4242
-#: That demonstration, some minutes on one core (four compounds that the base hits now and then); and a run with a generator of one's own.
+#: That demonstration, minutes of a core (compounds that the base hits now and then); and a run of one's own generator.
 DEMO = {
     "steps": 30, "groups": 8, "rollouts": 12, "rollout_steps": 4, "times": 1, "learning_rate": 3e-4,
     "compounds": "mistatol,quelanib,spredolin,velorin", "evaluate_every": 15, "evaluate_images": 160,

@@ -19,7 +19,7 @@ def bench() -> ModuleType:
 
 @pytest.mark.slow
 def test_the_audit_returns_a_known_rank(bench: ModuleType, tmp_path: Path) -> None:
-    """Fresh drawings come first, more lost nuclei later, copies last; the mini CellFlux shows more classes than they."""
+    """Fresh drawings come first, more lost nuclei later, copies last; the mini CellFlux beats copies in MoA."""
     bundled("phantom")
     names = bench.make_models(tmp_path, 6, 900, generators.MINI_CELLFLUX)
     assert names == list(bench.ORDER)
